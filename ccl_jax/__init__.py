@@ -1,0 +1,1 @@
+"""Multi-class visual anomaly detection with class-aware contrastive learning, in JAX."""

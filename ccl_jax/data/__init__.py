@@ -1,0 +1,1 @@
+"""Records, layouts, the generated benchmark and the input pipeline; no JAX in here."""

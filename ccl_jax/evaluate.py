@@ -1,0 +1,226 @@
+"""The separate evaluator: scorer and test records in, results and figures out.
+
+Every test image is scored exactly once, for any batch size and number of devices. Score maps never
+leave the devices except for the few that are drawn: pixel metrics come from histograms of scores.
+"""
+
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ccl_jax import mesh, report
+from ccl_jax.data.records import Record, class_of, read_image, read_mask
+from ccl_jax.metrics import counts as counting
+from ccl_jax.metrics import scores as metrics
+from ccl_jax.scoring import Scorer
+
+
+@dataclasses.dataclass(frozen=True)
+class Conventions:
+    """How scores become metrics; written into the results."""
+
+    image_label: str  # "folder", or "mask": an image whose resized mask is empty counts as normal
+    aupro_fpr_limit: float  # AUPRO is integrated up to this false positive rate
+    figures_per_class: int  # images on a class's figure sheet; 0 draws none
+
+
+@dataclasses.dataclass
+class Collected:
+    """What the pass over the test images leaves on the host, by record index."""
+
+    image_scores: np.ndarray  # float [n]
+    anomalous: np.ndarray  # bool [n], by the chosen convention
+    regions: np.ndarray  # int [n], connected regions of the mask
+    codes: np.ndarray  # float [n, d], pooled neck codes
+    maps: dict[int, np.ndarray]  # of the images that are drawn
+    counts: counting.ScoreCounts  # over all classes
+
+
+def evaluate(
+    scorer: Scorer,
+    records: Sequence[Record],
+    batches: Iterable[dict[str, np.ndarray]],
+    class_names: Sequence[str],
+    *,
+    conventions: Conventions,
+    folder: Path,
+    dataset: str,
+    provenance: dict[str, Any],
+) -> dict[str, Any]:
+    """Scores all records, writes results and figures into `folder`, and returns the results.
+
+    `batches` are the evaluation batches of `records`; `class_names` are "<dataset>/<class>", in the
+    order of the labels. Metrics lie in 0..1, and are None with a reason where a class has none.
+    """
+    start = time.perf_counter()
+    masked = classes_with_masks(records)
+    drawn = chosen_for_figures(records, conventions.figures_per_class)
+    found = collect(scorer, records, batches, len(class_names), masked, drawn, conventions)
+    classes, reasons = per_class(records, class_names, found, masked, conventions)
+    results = report.summarize(
+        classes,
+        reasons,
+        step=scorer.step,
+        dataset=dataset,
+        conventions=dataclasses.asdict(conventions) | dataclasses.asdict(scorer.settings),
+        provenance={
+            **provenance,
+            "encoder": scorer.encoder,
+            "devices": [str(device) for device in scorer.mesh.devices.flat],
+            "seconds": round(time.perf_counter() - start, 3),
+        },
+    )
+    labels = np.array([record.label for record in records])
+    normal = ~np.array([record.anomalous for record in records], bool)
+    results["diagnostics"] = {
+        "neck_v_measure": metrics.neck_v_measure(found.codes[normal], labels[normal], seed=0)
+    }
+    draw(folder, records, found, scorer.settings.size, drawn)
+    report.write_results(folder, results)
+    return results
+
+
+def classes_with_masks(records: Sequence[Record]) -> set[int]:
+    """Labels of the classes whose anomalous test images have ground truth masks."""
+    return {record.label for record in records if record.anomalous and record.mask is not None}
+
+
+def chosen_for_figures(records: Sequence[Record], per_class: int) -> dict[str, list[int]]:
+    """Indices to draw by class: anomalous images spread over the defects, then normal ones."""
+    by_class: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for index, record in enumerate(records):
+        by_class[class_of(record)][record.defect if record.anomalous else ""].append(index)
+    chosen = {}
+    for name, by_defect in by_class.items():
+        normal = by_defect.pop("", [])
+        anomalous = interleave([by_defect[defect] for defect in sorted(by_defect)])
+        few = anomalous[: max(per_class - per_class // 2, per_class - len(normal))]
+        chosen[name] = few + normal[: per_class - len(few)]
+    return chosen if per_class else {}
+
+
+def interleave(groups: list[list[int]]) -> list[int]:
+    """The first of each group, then the second of each, and so on."""
+    longest = max(map(len, groups), default=0)
+    return [group[i] for i in range(longest) for group in groups if i < len(group)]
+
+
+def collect(
+    scorer: Scorer,
+    records: Sequence[Record],
+    batches: Iterable[dict[str, np.ndarray]],
+    classes: int,
+    masked: set[int],
+    drawn: dict[str, list[int]],
+    conventions: Conventions,
+) -> Collected:
+    """One pass over the test images."""
+    number = len(records)
+    wanted = {index for indices in drawn.values() for index in indices}
+    image_scores, codes = np.full(number, np.nan), None
+    anomalous, regions = np.zeros(number, bool), np.zeros(number, int)
+    maps: dict[int, np.ndarray] = {}
+    counts = counting.empty_counts(classes)
+    add_scores = jax.jit(counting.add_scores, donate_argnums=0)
+    for batch in batches:
+        weights, batch_regions = zip(*map(metrics.region_weights, batch["mask"]), strict=True)
+        counted = batch["real"] & np.isin(batch["label"], list(masked))
+        arrays = mesh.put_batch(
+            {
+                "image": batch["image"],
+                "mask": batch["mask"],
+                "weight": np.stack(weights),
+                "label": batch["label"],
+                "counted": counted,
+            },
+            scorer.mesh,
+        )
+        scores = scorer(arrays["image"])
+        counts = add_scores(
+            counts,
+            scores.maps,
+            arrays["mask"],
+            arrays["weight"],
+            arrays["label"],
+            arrays["counted"],
+        )
+        host = jax.device_get(scores._replace(maps=None))
+        index = batch["index"][batch["real"]]
+        image_scores[index] = host.images[batch["real"]]
+        codes = np.zeros((number, host.codes.shape[1])) if codes is None else codes
+        codes[index] = host.codes[batch["real"]]
+        regions[index] = np.array(batch_regions)[batch["real"]]
+        anomalous[index] = image_labels(batch, masked, conventions.image_label)[batch["real"]]
+        for row in np.flatnonzero(batch["real"]):
+            if int(batch["index"][row]) in wanted:
+                maps[int(batch["index"][row])] = np.asarray(scores.maps[row])
+    codes = np.zeros((number, 1)) if codes is None else codes
+    return Collected(image_scores, anomalous, regions, codes, maps, jax.device_get(counts))
+
+
+def image_labels(batch: dict[str, np.ndarray], masked: set[int], convention: str) -> np.ndarray:
+    """Which images of a batch count as anomalous.
+
+    By the folder that they lie in; or, as the released code does it and only for classes that have
+    masks, by whether anything is left of the mask at the size of the score map (RECIPES 5.2).
+    """
+    if convention == "folder":
+        return batch["anomalous"]
+    by_mask = batch["mask"].any(axis=(1, 2))
+    return np.where(np.isin(batch["label"], list(masked)), by_mask, batch["anomalous"])
+
+
+def per_class(
+    records: Sequence[Record],
+    class_names: Sequence[str],
+    found: Collected,
+    masked: set[int],
+    conventions: Conventions,
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, str]]]:
+    """Returns (metrics by class, reasons for those that are None by class)."""
+    labels = np.array([record.label for record in records], int)
+    histograms = counting.class_counts(found.counts, class_names)
+    classes: dict[str, dict[str, Any]] = {}
+    reasons: dict[str, dict[str, str]] = {}
+    for label, name in enumerate(class_names):
+        mine = labels == label
+        anomalous = found.anomalous[mine]
+        values = metrics.image_metrics(found.image_scores[mine], anomalous, name=name)
+        values |= metrics.pixel_metrics(
+            *histograms[name], int(found.regions[mine].sum()), conventions.aupro_fpr_limit
+        )
+        number = {"n_normal": int((~anomalous).sum()), "n_anomalous": int(anomalous.sum())}
+        classes[name] = number | values
+        why = metrics.why_null(values, **number, has_masks=label in masked)
+        if why:
+            reasons[name] = why
+    return classes, reasons
+
+
+def draw(
+    folder: Path,
+    records: Sequence[Record],
+    found: Collected,
+    size: int,
+    drawn: dict[str, list[int]],
+) -> None:
+    """Writes a figure sheet per class, in images of `size` pixels."""
+    for name, indices in drawn.items():
+        panels = [
+            report.Panel(
+                image=read_image(records[i], size),
+                mask=None if records[i].mask is None else read_mask(records[i], size),
+                score_map=found.maps[i],
+                anomalous=bool(found.anomalous[i]),
+                score=float(found.image_scores[i]),
+                caption=records[i].defect,
+            )
+            for i in indices
+        ]
+        report.class_sheet(report.sheet_path(folder, name), name, panels)

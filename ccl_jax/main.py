@@ -1,0 +1,141 @@
+"""The door: one command line, one job.
+
+    python -m ccl_jax.main --config configs/demo.py --workdir runs/demo [--job JOB]
+        [--config.section.key=value ...]
+
+Jobs: train (the default) trains, checkpoints and evaluates, or goes on where it stopped; evaluate
+scores the test images of a trained workdir; predict scores your images
+(--config.predict.input=FILE_OR_FOLDER); prepare generates or counts the data; baseline prints what
+trivial detectors reach. evaluate and predict need no --config: the workdir knows its own.
+
+Exit status: 0 done, 1 an error, 2 wrong arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
+"""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import flags
+from ml_collections import config_flags
+
+from ccl_jax import config as configs
+from ccl_jax import jobs
+
+JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
+    "train": jobs.train_job,
+    "evaluate": jobs.evaluate_job,
+    "predict": jobs.predict_job,
+    "prepare": jobs.prepare_job,
+    "baseline": jobs.baseline_job,
+}
+NEEDS_CONFIG = ("train", "prepare", "baseline")  # the others read DIR/config.json without one
+NEEDS_WORKDIR = ("train", "evaluate", "predict")
+PACKAGE = os.path.dirname(os.path.abspath(__file__))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line, program name first, and returns its exit status."""
+    words = list(sys.argv if argv is None else argv)
+    if any(word.lstrip("-") in ("help", "helpfull", "h") for word in words[1:]):
+        print(__doc__)
+        return 0
+    try:
+        config, workdir, job = parse(words)
+    except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError) as error:
+        print(f"error: {unknown_setting(words) or error}", file=sys.stderr)
+        return 2
+    try:
+        configs.validate(config)
+        return JOBS[job](config, workdir)
+    except KeyboardInterrupt:
+        print(
+            "interrupted; what was saved is safe, run the same command to go on.", file=sys.stderr
+        )
+        return 130
+    except Exception as error:
+        print(explain(error), file=sys.stderr)
+        return 1
+
+
+def parse(words: Sequence[str]) -> tuple[configs.ConfigDict, Path, str]:
+    """Returns (locked config with its overrides, workdir, job) of a command line.
+
+    Raises ValueError or absl's flags.Error where it makes no sense.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
+    flags.DEFINE_enum("job", "train", list(JOBS), "What to do.", flag_values=values)
+    path = argument(words, "config")
+    if path is not None:
+        configs.make_importable(Path(path.partition(":")[0]))
+        config_flags.DEFINE_config_file("config", None, "Settings.", flag_values=values)
+    else:
+        stored = stored_config(words)
+        config_flags.DEFINE_config_dict("config", stored, "Settings.", flag_values=values)
+    rest = values(list(words))
+    if len(rest) > 1:
+        raise ValueError(f"cannot make sense of {' '.join(rest[1:])}; every flag starts with --.")
+    if values.workdir is None and values.job in NEEDS_WORKDIR:
+        raise ValueError(f"--job {values.job} needs a folder, e.g. --workdir runs/demo.")
+    return values.config, Path(values.workdir or "."), values.job
+
+
+def argument(words: Sequence[str], name: str) -> str | None:
+    """The value of --name among the arguments, or None; the last one counts."""
+    value = None
+    for i, word in enumerate(words):
+        head, equals, tail = word.partition("=")
+        if head in (f"--{name}", f"-{name}"):
+            value = tail if equals else "".join(words[i + 1 : i + 2])
+    return value
+
+
+def stored_config(words: Sequence[str]) -> configs.ConfigDict:
+    """The config of the workdir among the arguments.
+
+    Raises ValueError where there is none, or where the job needs a config file.
+    """
+    job, workdir = argument(words, "job") or "train", argument(words, "workdir")
+    if job in NEEDS_CONFIG or workdir is None:
+        raise ValueError(f"--job {job} needs a config, e.g. --config configs/demo.py.")
+    stored = Path(workdir) / "config.json"
+    if not stored.exists():
+        raise ValueError(
+            f"{stored} does not exist and no --config was given; name the folder that a training "
+            f"was started with (--workdir)."
+        )
+    return configs.from_json(stored.read_text())
+
+
+def unknown_setting(words: Sequence[str]) -> str | None:
+    """The message for an override of a setting that does not exist, or None if all exist."""
+    path, method = (argument(words, "config") or "").partition(":")[::2]
+    try:
+        config = configs.read_config_file(path, method or None) if path else stored_config(words)
+    except (ValueError, OSError):
+        return None
+    known = [f"config.{key}" for key, _ in configs.flatten(config)]
+    for word in words:
+        key = word.lstrip("-").partition("=")[0]
+        if key.startswith("config.") and key not in known:
+            return f"--{key}: there is no such setting.{configs.did_you_mean(key, known)}"
+    return None
+
+
+def explain(error: Exception) -> str:
+    """One clear message for an error that this package raised, else the traceback.
+
+    What a user can cause is raised by our own code with a message that names cause and fix; an
+    error from elsewhere is a bug, and its traceback is worth more.
+    """
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = bool(frames) and os.path.abspath(frames[-1].filename).startswith(PACKAGE)
+    if isinstance(error, ValueError | OSError | FloatingPointError | RuntimeError) and ours:
+        return f"error: {error}"
+    return "".join(traceback.format_exception(error)).rstrip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

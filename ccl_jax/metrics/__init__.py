@@ -1,0 +1,1 @@
+"""Anomaly detection metrics: streaming counts, and scores from them."""

@@ -1,0 +1,159 @@
+"""Histograms of pixel scores per class, which add up over batches, devices and hosts.
+
+A non-negative float32 compares like its bits, so the leading bits of a score are its bin: 8192 bins
+per octave between 2**-10 and 4, 1024 per octave from there down to 2**-42. Scores that differ by
+less than one part in 8192 (below 2**-10: in 1024) may share a bin and then count as tied. On
+smoothed maps whose scores spread by 5 % or more this changes AUROC and AUPRO by less than 1e-5, AP
+and F1-max by about 1e-4. Everything is counted in whole numbers, so that the result does not depend
+on how the images were batched or over how many devices they were spread.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
+
+BINS = 2**17
+
+_FINE_BITS, _COARSE_BITS = 13, 10  # bins per octave, as powers of two
+_FINE_BINS = 12 << _FINE_BITS  # 2**-10 to 2**2
+_COARSE_BINS = BINS - _FINE_BINS  # 2**-42 to 2**-10
+_MANTISSA_BITS, _EXPONENT_BIAS = 23, 127  # of float32
+_SLACK = 1e-4  # rounding makes a cosine distance of zero slightly negative; that is no error
+
+_HIGH_BITS, _WEIGHT_BITS = 15, 35  # a region weight is kept in units of 2**-35, in two words
+
+
+class ScoreCounts(NamedTuple):
+    """Pixels and region weights per class and bin, and unusable maps per class.
+
+    `normal` and `anomalous` are int32 [k, bins]. `region` is two words, uint32 [k, bins] each, in
+    units of 2**-15 and 2**-35. `invalid` is int32 [k]: maps left out because of NaN, infinite or
+    negative scores. `class_counts` makes float64 numbers of it.
+    """
+
+    normal: jax.Array
+    anomalous: jax.Array
+    region: tuple[jax.Array, jax.Array]
+    invalid: jax.Array
+
+
+class ClassCounts(NamedTuple):
+    """One class's histograms on the host, [bins] each, over ascending scores."""
+
+    normal: np.ndarray
+    anomalous: np.ndarray
+    region: np.ndarray
+
+
+def empty_counts(classes: int) -> ScoreCounts:
+    """Counts of no image at all: 2 MiB per class."""
+    return ScoreCounts(
+        normal=jnp.zeros((classes, BINS), jnp.int32),
+        anomalous=jnp.zeros((classes, BINS), jnp.int32),
+        region=(jnp.zeros((classes, BINS), jnp.uint32), jnp.zeros((classes, BINS), jnp.uint32)),
+        invalid=jnp.zeros(classes, jnp.int32),
+    )
+
+
+def score_bins(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Bin of each score, in 0 .. BINS - 1; never decreases as the score grows."""
+    bits = jax.lax.bitcast_convert_type(jnp.maximum(scores.astype(jnp.float32), 0.0), jnp.int32)
+    fine = (bits >> (_MANTISSA_BITS - _FINE_BITS)) - ((_EXPONENT_BIAS - 10) << _FINE_BITS)
+    coarse = (bits >> (_MANTISSA_BITS - _COARSE_BITS)) - ((_EXPONENT_BIAS - 42) << _COARSE_BITS)
+    bins = jnp.where(fine >= 0, fine + _COARSE_BINS, coarse)
+    return jnp.clip(bins, 0, BINS - 1)
+
+
+def add_scores(
+    counts: ScoreCounts,
+    maps: Float[Array, "b h w"],
+    masks: UInt8[Array, "b h w"],
+    region_weight: Float32[Array, "b h w"],
+    labels: Int[Array, "b"],
+    counted: Bool[Array, "b"],
+) -> ScoreCounts:
+    """Counts that include the pixels of the images where `counted` is True.
+
+    `masks` is non-zero on anomalous pixels; `region_weight` is one over the number of pixels of the
+    pixel's region (`scores.region_weights`), 0 on normal pixels. Exact for up to 2**31 pixels and
+    2**16 regions of a class in one bin. Call it under `jax.jit` with the counts donated.
+    """
+    usable = (jnp.isfinite(maps) & (maps >= -_SLACK)).all(axis=(1, 2))
+    used = (counted & usable)[:, None, None]
+    anomalous = masks > 0
+    bins = score_bins(maps)
+    classes = counts.invalid.shape[0]
+
+    def add(into: jax.Array, where: jax.Array, amount: jax.Array | int) -> jax.Array:
+        # Pixels that do not belong here get a row that does not exist, which "drop" leaves out.
+        rows = jnp.where(where, labels[:, None, None], classes)
+        return into.at[rows, bins].add(amount, mode="drop")
+
+    invalid = (counted & ~usable).astype(jnp.int32)
+    high, low = counts.region
+    used_bits = 0
+    remainder = region_weight
+    for bits in _digit_sizes(maps.size):
+        scaled = remainder * 2.0**bits
+        digit = jnp.floor(scaled)
+        remainder = scaled - digit
+        used_bits += bits
+        digits = add(
+            jnp.zeros((classes, BINS), jnp.uint32), used & anomalous, digit.astype(jnp.uint32)
+        )
+        high, low = _add_digits(high, low, digits, used_bits)
+    return ScoreCounts(
+        normal=add(counts.normal, used & ~anomalous, 1),
+        anomalous=add(counts.anomalous, used & anomalous, 1),
+        region=(high, low),
+        invalid=counts.invalid.at[labels].add(invalid, mode="drop"),
+    )
+
+
+def class_counts(counts: ScoreCounts, class_names: Sequence[str]) -> dict[str, ClassCounts]:
+    """Counts of every class on the host; ValueError naming the classes with unusable scores."""
+    if len(class_names) != counts.invalid.shape[0]:
+        raise ValueError(
+            f"{len(class_names)} class names for counts of {counts.invalid.shape[0]} classes; "
+            "pass one name for each label, in the order of the labels."
+        )
+    invalid = np.asarray(counts.invalid)
+    bad = [f"{name} ({n} maps)" for name, n in zip(class_names, invalid, strict=True) if n]
+    if bad:
+        raise ValueError(
+            f"NaN, infinite or negative pixel scores in class {', '.join(bad)}; the checkpoint has "
+            "most likely diverged: evaluate an earlier step (--config.eval.step) or train with a "
+            "lower --config.optimizer.lr."
+        )
+    normal, anomalous = np.asarray(counts.normal), np.asarray(counts.anomalous)
+    high, low = (np.asarray(word, np.float64) for word in counts.region)
+    region = high * 2.0**-_HIGH_BITS + low * 2.0**-_WEIGHT_BITS
+    return {
+        name: ClassCounts(normal[i], anomalous[i], region[i]) for i, name in enumerate(class_names)
+    }
+
+
+def _digit_sizes(pixels: int) -> list[int]:
+    """Bits of each digit of a weight, so that a digit summed over all pixels fits into 32 bits.
+
+    A float32 sum would round: adding 1/50000 again and again drifts by more than 1e-4.
+    """
+    most = 32 - (pixels - 1).bit_length()
+    return [min(most, _WEIGHT_BITS - start) for start in range(0, _WEIGHT_BITS, most)]
+
+
+def _add_digits(
+    high: jax.Array, low: jax.Array, digits: jax.Array, position: int
+) -> tuple[jax.Array, jax.Array]:
+    """The two words plus `digits` in units of 2**-position, the low word carried over."""
+    below = position - _HIGH_BITS
+    if below <= 0:
+        return high + (digits << -below), low
+    high = high + (digits >> below)
+    low = low + ((digits & (2**below - 1)) << (_WEIGHT_BITS - position))
+    low_bits = _WEIGHT_BITS - _HIGH_BITS
+    return high + (low >> low_bits), low & (2**low_bits - 1)

@@ -1,0 +1,1 @@
+"""Encoders, projector, neck and decoder, and the weights that go into them."""

@@ -1,0 +1,72 @@
+"""A config taken apart into the plain values and objects that the layers below work with."""
+
+from typing import Any
+
+from ccl_jax.config import ConfigDict
+from ccl_jax.data import pipeline
+from ccl_jax.scoring import MapSettings
+from ccl_jax.state import Architecture, make_optimizer
+from ccl_jax.train import LossSettings, Schedule
+
+
+def total_steps(config: ConfigDict, images: int) -> tuple[int, int]:
+    """Returns (steps of the whole training, steps per epoch).
+
+    Raises ValueError where a batch is larger than the training set.
+    """
+    per_epoch = pipeline.steps_per_epoch(images, config.train.batch_size)
+    return config.train.steps or config.train.epochs * per_epoch, per_epoch
+
+
+def architecture_of(config: ConfigDict) -> Architecture:
+    """The network that the config describes."""
+    model = config.model
+    return Architecture(model.family, model.encoder, model.projector, model.compute_dtype)
+
+
+def optimizer_of(config: ConfigDict, total: int) -> Any:
+    """The optimizer that the config describes, for a training of `total` steps."""
+    settings = config.optimizer
+    return make_optimizer(
+        projector_lr=settings.projector_lr,
+        lr=settings.lr,
+        betas=settings.betas,
+        clip_norm=settings.clip_norm,
+        decay_step=None if settings.decay_at == 1 else round(settings.decay_at * total),
+    )
+
+
+def loss_settings(config: ConfigDict) -> LossSettings:
+    """The loss terms that the config describes."""
+    cosine, local, global_ = config.loss.cosine, config.loss.local, config.loss.global_
+    return LossSettings(
+        cosine_weight=cosine.weight,
+        cosine_flat=cosine.flat,
+        local_weight=local.weight,
+        local_temperature=local.temperature,
+        local_window=local.window if local.match == "window" else None,
+        local_same_class=local.same_class_candidates,
+        global_weight=global_.weight,
+        global_temperature=global_.temperature,
+        global_form=global_.form,
+    )
+
+
+def map_settings(config: ConfigDict) -> MapSettings:
+    """How the config turns features into score maps."""
+    return MapSettings(
+        size=config.data.image_size,
+        sigma=config.eval.smoothing_sigma,
+        combine=config.eval.combine,
+        pool=config.eval.pool,
+    )
+
+
+def schedule_of(config: ConfigDict, total: int) -> Schedule:
+    """When the config wants what."""
+    return Schedule(
+        total=total,
+        log_every=config.train.log_every,
+        checkpoint_every=config.train.checkpoint_every,
+        evaluate_every=config.eval.every_steps,
+    )

@@ -1,0 +1,268 @@
+"""Training: one pure step, and the loop around it.
+
+Read `make_train_step` for the method and `train` for the run. What a step computes depends on the
+state, the frozen encoder, the batch and the root key alone; everything else happens in the loop.
+"""
+
+import dataclasses
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Key, PyTree
+
+from ccl_jax import losses, mesh
+from ccl_jax.augment import Recipe, normalize, second_view, to_unit
+from ccl_jax.checkpoint import Checkpoints
+from ccl_jax.models import network as networks
+from ccl_jax.run_log import RunLog
+from ccl_jax.state import Frozen, TrainState, join, purpose_key, split_parts
+
+Scalars = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSettings:
+    """The three terms of the training loss; a weight of 0 leaves a term out."""
+
+    cosine_weight: float
+    cosine_flat: bool  # cosine of a whole flattened map, or mean over positions
+    local_weight: float
+    local_temperature: float
+    local_window: int | None  # side of the matching window in positions; None: the whole map
+    local_same_class: bool  # matching candidates also from another image of the class
+    global_weight: float
+    global_temperature: float
+    global_form: str  # "two_view" (first release) or "second_release"
+
+    @property
+    def contrastive(self) -> bool:
+        """Whether any term needs the second view."""
+        return self.local_weight > 0 or self.global_weight > 0
+
+
+def loss_terms(
+    out: networks.NetworkOutput, labels: Array, key: Key[Array, ""], settings: LossSettings
+) -> Scalars:
+    """The unweighted loss terms that have a weight, by name."""
+    terms = {
+        "cosine": losses.cosine_distillation_loss(
+            out.targets, out.rebuilt, flat=settings.cosine_flat
+        )
+    }
+    if settings.local_weight > 0:
+        assert out.augmented is not None  # `contrastive` made the second view
+        terms["local"] = losses.local_contrastive_loss(
+            out.targets,
+            out.augmented.targets,
+            out.projected,
+            out.augmented.projected,
+            labels,
+            key,
+            temperature=settings.local_temperature,
+            window=settings.local_window,
+            same_class_candidates=settings.local_same_class,
+        )
+    if settings.global_weight > 0:
+        terms["global"] = global_term(out, labels, settings)
+    return terms
+
+
+def global_term(out: networks.NetworkOutput, labels: Array, settings: LossSettings) -> Array:
+    """The global contrastive loss on the pooled neck codes, in the chosen release's form."""
+    if settings.global_form == "second_release":
+        return losses.second_release_contrastive_loss(
+            out.pooled, labels, temperature=settings.global_temperature
+        )
+    assert out.augmented is not None  # `contrastive` made the second view
+    return losses.two_view_supervised_contrastive_loss(
+        out.pooled, out.augmented.pooled, labels, temperature=settings.global_temperature
+    )
+
+
+def make_train_step(
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    settings: LossSettings,
+    recipe: Recipe,
+    *,
+    noise_probability: float,
+    root: Key[Array, ""],
+) -> Callable[[TrainState, Frozen, dict, Array], tuple[TrainState, Scalars]]:
+    """Returns step(state, frozen, batch, position) -> (state, scalars), pure and ready to jit.
+
+    `batch` holds uint8 images [b, h, w, 3] and int32 labels [b], over all devices: the contrastive
+    terms and the batch statistics see the global batch. `position` is the number of the batch.
+    A step whose loss or gradient is not finite changes nothing, nor does any step after it,
+    because the state then lags behind the position; the scalars tell the host which step it was.
+    """
+    weights = {
+        "cosine": settings.cosine_weight,
+        "local": settings.local_weight,
+        "global": settings.global_weight,
+    }
+
+    def train_step(
+        state: TrainState, frozen: Frozen, batch: dict[str, Array], position: Array
+    ) -> tuple[TrainState, Scalars]:
+        clean, augmented = views(batch["image"], purpose_key(root, "second view", position))
+
+        def loss_fn(params: PyTree) -> tuple[Array, tuple[Scalars, PyTree]]:
+            network = networks.merge(graphdef, *join(frozen, params, state.batch_stats))
+            noise = networks.draw_noise(
+                purpose_key(root, "noise", position), network.map_shapes(clean), noise_probability
+            )
+            out = network(clean, augmented, train=True, noise=noise)
+            key = purpose_key(root, "negatives", position)
+            terms = loss_terms(out, batch["label"], key, settings)
+            total = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
+            statistics = split_parts(networks.statistics(network), tuple(state.batch_stats))
+            return total, (terms, statistics)
+
+        (total, (terms, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        after = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=statistics,
+            opt_state=opt_state,
+        )
+        norm = optax.tree.norm(gradients)
+        good = jnp.isfinite(total) & jnp.isfinite(norm) & (state.step == position)
+        state = jax.tree.map(lambda old, new: jnp.where(good, new, old), state, after)
+        return state, {"loss": total, **terms, "gradient_norm": norm}
+
+    def views(images: Array, key: Key[Array, ""]) -> tuple[Array, Array | None]:
+        clean = to_unit(images)
+        if not settings.contrastive:
+            return normalize(clean), None
+        return normalize(clean), normalize(second_view(key, clean, recipe))
+
+    return train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When what happens, in steps; 0 for `evaluate_every` means never."""
+
+    total: int
+    log_every: int
+    checkpoint_every: int
+    evaluate_every: int
+
+
+class StopRequest:
+    """Turns SIGINT and SIGTERM into a flag, so that a run can save before it ends.
+
+    A second signal acts as it would without this. Outside the main thread (some notebooks) Python
+    allows no handlers, and signals act as usual.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopRequest":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        self.signal = signal.Signals(number)
+        self._restore()
+
+    def _restore(self) -> None:
+        while self._before:
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
+
+
+def train(
+    state: TrainState,
+    frozen: Frozen,
+    batches: Iterator[dict[str, np.ndarray]],
+    step: Callable[..., tuple[TrainState, Scalars]],
+    *,
+    where: jax.sharding.Mesh,
+    schedule: Schedule,
+    checkpoints: Checkpoints,
+    log: RunLog,
+    evaluate: Callable[[int, TrainState], None],
+    stop: StopRequest,
+) -> TrainState:
+    """Runs the steps that are left, and returns the last state; it is also saved.
+
+    `batches` begins at the batch whose number is `state.step`. Ends early where `stop` has
+    received a signal. Raises FloatingPointError, naming step and term, where a loss or a gradient
+    was not finite; the state before that step is saved.
+    """
+    done = int(state.step)
+    step = jax.jit(step, donate_argnums=0)
+    pending: list[tuple[int, Scalars]] = []
+    while done < schedule.total and stop.signal is None:
+        waiting = time.perf_counter()
+        batch = next(batches)
+        log.waited(time.perf_counter() - waiting)
+        position = jax.device_put(np.int32(done), mesh.replicated(where))
+        state, scalars = step(state, frozen, mesh.put_batch(batch, where), position)
+        done += 1
+        pending.append((done, scalars))
+        if len(pending) > 1:  # one step computes while the next is prepared, and no more
+            jax.block_until_ready(pending[-2][1])
+        log.advance(done)
+        at_checkpoint = done % schedule.checkpoint_every == 0
+        at_evaluation = schedule.evaluate_every > 0 and done % schedule.evaluate_every == 0
+        if done % schedule.log_every == 0 or at_checkpoint or at_evaluation:
+            flush(pending, state, checkpoints, log)
+        if at_checkpoint:
+            checkpoints.save(done, state)
+        if at_evaluation and done < schedule.total:
+            with log.paused():
+                evaluate(done, state)
+    flush(pending, state, checkpoints, log)
+    checkpoints.save(done, state)
+    return state
+
+
+def flush(
+    pending: list[tuple[int, Scalars]], state: TrainState, checkpoints: Checkpoints, log: RunLog
+) -> None:
+    """Logs the mean of the steps since the last call, or ends the run at the first bad one."""
+    if not pending:
+        return
+    steps = [number for number, _ in pending]
+    rows: list[dict[str, Any]] = jax.device_get([scalars for _, scalars in pending])
+    pending.clear()
+    for number, row in zip(steps, rows, strict=True):
+        bad = [name for name, value in row.items() if not np.isfinite(value)]
+        if bad:
+            saved = int(state.step)
+            checkpoints.save(saved, state)
+            raise FloatingPointError(not_finite(number, bad, row, saved))
+    log.write(steps[-1], {name: float(np.mean([row[name] for row in rows])) for name in rows[0]})
+
+
+def not_finite(number: int, bad: list[str], row: dict[str, Any], saved: int) -> str:
+    """The message for a step whose loss or gradient was not finite."""
+    parts = [name for name in bad if name not in ("loss", "gradient_norm")] or bad
+    named = ", ".join(f"'{name}' = {row[name]}" for name in parts)
+    values = ", ".join(f"{name} {float(value):.6g}" for name, value in row.items())
+    return (
+        f"step {number}: not finite: {named} ({values}). The state after step {saved} was kept and "
+        f"saved; a run continued from it meets the same batch. Train again in a new workdir with a "
+        f"lower rate, e.g. --config.optimizer.lr=1e-3, or with "
+        f"--config.model.compute_dtype=float32."
+    )

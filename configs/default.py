@@ -1,0 +1,178 @@
+"""Every setting, once, with its unit; the other configs change only what differs.
+
+The values here are the published RD+CCL recipe (first release, December 2024), except for what
+names a data set. A setting that the two releases treat differently says so.
+"""
+
+from ml_collections import config_dict
+
+
+def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
+    """Returns the default config; `data.root` must still be set.
+
+    `method` (as in `--config configs/demo.py:rd`) is "rd_ccl", or "rd": reverse distillation
+    alone, without projector, noise and contrastive losses, which CCL is compared with.
+    """
+    config = config_dict.ConfigDict(
+        {
+            "name": "default",  # shown in logs and tables
+            "seed": 42,  # root of every random number: weights, order, views, noise, negatives
+            "data": data(),
+            "synthetic": synthetic(),
+            "encoder": {
+                # "random"; a .safetensors or .pth file in timm or torchvision naming; or
+                # "hub:NAME", a timm model on the hub, e.g. "hub:wide_resnet50_2.racm_in1k".
+                "weights": "hub:wide_resnet50_2.racm_in1k",
+            },
+            "model": model(),
+            "loss": loss(),
+            "augment": augment(),
+            "optimizer": optimizer(),
+            "train": train(),
+            "eval": evaluation(),
+            "predict": predict(),
+            "run": run(),
+        }
+    )
+    if method == "rd":
+        config.model.projector = "none"
+        config.model.noise_probability = 0.0
+        config.loss.local.weight = 0.0
+        config.loss.global_.weight = 0.0
+    elif method != "rd_ccl":
+        raise ValueError(f'a config file takes ":rd_ccl" or ":rd" after its name, not ":{method}".')
+    return config
+
+
+def data() -> dict:
+    """Which images, and how they become batches."""
+    return {
+        "layout": "mvtec",  # <class>/train/good ...; "synthetic": generated into root first
+        "root": "",  # folder that holds one folder per class
+        "name": "",  # name of the data set in results; "" takes the folder's name
+        "classes": (),  # names of the classes to use; () takes all
+        "image_size": 256,  # pixels, height and width; divisible by 32
+        "shuffle": "plain",  # "plain", or "class_balanced": every class equally often
+    }
+
+
+def synthetic() -> dict:
+    """The generated benchmark, used where data.layout is "synthetic"."""
+    return {
+        "image_size": 128,  # pixels, height and width of the written images
+        "train_per_class": 60,  # normal training images per class
+        "test_normal_per_class": 20,  # normal test images per class
+        "test_per_defect": 5,  # anomalous test images per class and kind of defect
+        "seed": 0,  # of the generator; the training seed leaves the benchmark alone
+    }
+
+
+def model() -> dict:
+    """Encoder, projector, neck and decoder."""
+    return {
+        "family": "rd",  # reverse distillation
+        "encoder": "wide_resnet50_2",  # or "resnet18", "resnet34", "resnet50"
+        "projector": "plain",  # "plain" 3x3, "depthwise" separable, or "none" (RD without CCL)
+        "noise_probability": 0.3085,  # of disturbing a step's projected maps: P(N(0, 1) > 0.5)
+        "compute_dtype": "float32",  # or "bfloat16"; parameters and losses stay float32
+    }
+
+
+def loss() -> dict:
+    """The three terms; a weight of 0 leaves a term out."""
+    return {
+        "cosine": {
+            "weight": 1.0,
+            "flat": True,  # cosine of an image's whole flattened map; False: mean over positions
+        },
+        "local": {
+            "weight": 1.0,
+            "temperature": 0.05,
+            "match": "global",  # as released: best match anywhere; "window": the supplement's
+            "window": 5,  # positions, side of the square window; only for match="window"
+            "same_class_candidates": False,  # supplement: also match another image of the class
+        },
+        "global_": {
+            "weight": 1.0,
+            "temperature": 0.05,
+            "form": "two_view",  # first release; "second_release": one view, attracts negatives
+        },
+    }
+
+
+def augment() -> dict:
+    """The second view, made from the resized image on the device, in this order."""
+    return {
+        "crop_scale": (0.8, 1.0),  # share of the area
+        "crop_ratio": (3 / 4, 4 / 3),  # width / height
+        "horizontal_flip": 0.5,  # probability
+        "vertical_flip": 0.5,  # probability
+        "brightness": 0.4,  # factor drawn from [1 - b, 1 + b]
+        "contrast": 0.4,
+        "saturation": 0.4,
+        "hue": 0.1,  # turns, drawn from [-h, h]
+        "grayscale": 0.2,  # probability
+        "blur_kernel": 23,  # pixels, odd
+        "blur_sigma": (0.1, 2.0),  # pixels
+        "rotation": 15.0,  # degrees, drawn from [-r, r]
+    }
+
+
+def optimizer() -> dict:
+    """Two Adam optimizers behind one gradient clip."""
+    return {
+        "projector_lr": 1e-3,
+        "lr": 5e-3,  # neck and decoder
+        "betas": (0.5, 0.999),
+        "clip_norm": 5.0,  # global L2 norm over all trained parameters; 0 switches it off
+        "decay_at": 1.0,  # share of the steps after which both rates are divided by ten; 1: never
+        # (both releases configure 0.8, but attach it to an optimizer that never steps)
+    }
+
+
+def train() -> dict:
+    """How long, how much at once, and what is kept."""
+    return {
+        "batch_size": 16,  # images per step over all devices; a partial last batch is not used
+        "epochs": 200,  # passes over the training images (second release: 100)
+        "steps": 0,  # optimizer steps; 0 derives them from epochs
+        "log_every": 10,  # steps between lines in the log
+        "checkpoint_every": 1000,  # steps
+        "keep_checkpoints": 2,  # the newest
+    }
+
+
+def evaluation() -> dict:
+    """How test images become numbers; recorded in results.json."""
+    return {
+        "every_steps": 0,  # evaluate during training; 0: only at the end
+        "batch_size": 16,  # images over all devices
+        "smoothing_sigma": 4.0,  # pixels of the score map; 0 switches it off
+        "combine": "add",  # of the scales; or "mul"
+        "pool": 1,  # pixels, side of the average pool before the image score's maximum; 1: none
+        "image_label": "folder",  # or "mask": released code, a defect lost in resizing is normal
+        "aupro_fpr_limit": 0.3,  # AUPRO is integrated up to this false positive rate
+        "figures_per_class": 4,  # test images on the figure sheet, half anomalous; 0: no figures
+        "step": -1,  # checkpoint to evaluate; -1: the newest
+    }
+
+
+def predict() -> dict:
+    """What `--job predict` reads and writes."""
+    return {
+        "input": "",  # an image or a folder of images
+        "output": "",  # folder; "" is WORKDIR/predictions
+        "batch_size": 8,
+        "step": -1,  # checkpoint; -1: the newest
+    }
+
+
+def run() -> dict:
+    """Settings that only say how to run; a workdir may be continued with others."""
+    return {
+        "devices": 0,  # devices to use; 0: all
+        "threads": 4,  # that decode images, per process
+        "workers": 0,  # processes that decode images; 0: threads only
+        "progress": True,  # progress bars
+        "tensorboard": True,  # events beside metrics.jsonl
+    }

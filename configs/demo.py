@@ -1,0 +1,20 @@
+"""The generated benchmark with a small encoder: minutes on two CPU cores."""
+
+from ml_collections import config_dict
+
+from configs import default
+
+
+def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
+    """Returns the demo config."""
+    config = default.get_config(method)
+    config.name = "demo"
+    config.data.layout = "synthetic"
+    config.data.root = "data/synthetic"
+    config.data.image_size = 128
+    config.encoder.weights = "random"
+    config.model.encoder = "resnet18"
+    config.train.steps = 160
+    config.train.checkpoint_every = 80
+    config.eval.batch_size = 32
+    return config

@@ -1,0 +1,176 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from ccl_jax import config as configs
+
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "configs").glob("*.py"))
+
+
+def demo():
+    return configs.read_config_file(ROOT / "configs/demo.py")
+
+
+@pytest.mark.parametrize("method", ["rd_ccl", "rd"])
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_config_validates_once_it_has_a_data_folder(path, method):
+    config = configs.read_config_file(path, method)
+    config.data.root = config.data.root or "photos"
+    configs.validate(config)
+
+
+def test_every_setting_is_read_somewhere_in_the_package():
+    text = "\n".join(
+        path.read_text()
+        for path in (ROOT / "ccl_jax").rglob("*.py")
+        if path.name != "config.py"  # validate() names them all
+    )
+    whole_sections = {"synthetic", "augment"}  # handed on as keyword arguments
+    unread = [
+        key
+        for key, _ in configs.flatten(demo())
+        if key.split(".")[0] not in whole_sections
+        and not re.search(rf"\b{key.rsplit('.', 1)[-1]}\b", text)
+    ]
+    assert unread == []
+
+
+def test_the_mvtec_config_is_the_published_recipe():
+    config = configs.read_config_file(ROOT / "configs/mvtec.py")
+    assert config.encoder.weights == "hub:wide_resnet50_2.racm_in1k"
+    assert config.model.encoder == "wide_resnet50_2"
+    assert (config.data.image_size, config.train.batch_size, config.train.epochs) == (256, 16, 200)
+    assert config.loss.global_.form == "two_view"
+    assert config.loss.local.temperature == config.loss.global_.temperature == 0.05
+    assert (config.optimizer.projector_lr, config.optimizer.lr) == (1e-3, 5e-3)
+    assert config.optimizer.betas == (0.5, 0.999)
+
+
+BAD = {
+    "seed": -1,
+    "data.layout": "voc",
+    "data.root": "",
+    "data.name": "a/b",
+    "data.classes": (1,),
+    "data.image_size": 100,
+    "data.shuffle": "none",
+    "synthetic.image_size": 8,
+    "synthetic.train_per_class": 0,
+    "encoder.weights": "missing.pth",
+    "model.family": "gan",
+    "model.encoder": "vgg",
+    "model.projector": "linear",
+    "model.noise_probability": 1.5,
+    "model.compute_dtype": "float16",
+    "loss.cosine.weight": -1.0,
+    "loss.local.temperature": 0.0,
+    "loss.local.match": "nearest",
+    "loss.local.window": 4,
+    "loss.global_.temperature": -0.1,
+    "loss.global_.form": "third",
+    "augment.crop_scale": (0.8,),
+    "augment.crop_ratio": (2.0, 1.0),
+    "augment.horizontal_flip": 2.0,
+    "augment.brightness": -0.1,
+    "augment.hue": 0.6,
+    "augment.blur_kernel": 4,
+    "augment.blur_sigma": (0.0, 1.0),
+    "augment.rotation": -5.0,
+    "optimizer.lr": -1.0,
+    "optimizer.betas": (0.5, 1.0),
+    "optimizer.clip_norm": -1.0,
+    "optimizer.decay_at": 0.0,
+    "train.batch_size": 0,
+    "train.epochs": -1,
+    "train.log_every": 0,
+    "train.checkpoint_every": 0,
+    "train.keep_checkpoints": 0,
+    "eval.every_steps": -1,
+    "eval.batch_size": 0,
+    "eval.smoothing_sigma": -1.0,
+    "eval.combine": "max",
+    "eval.pool": 0,
+    "eval.image_label": "name",
+    "eval.aupro_fpr_limit": 0.0,
+    "eval.figures_per_class": -1,
+    "eval.step": -2,
+    "predict.batch_size": 0,
+    "run.devices": -1,
+    "run.threads": 0,
+    "run.workers": -1,
+}
+
+
+@pytest.mark.parametrize("key", BAD)
+def test_an_illegal_value_is_refused_by_name_with_a_fix_to_paste(key):
+    config = demo()
+    config.update_from_flattened_dict({key: BAD[key]})
+    with pytest.raises(ValueError, match=re.escape(f"config.{key}")) as error:
+        configs.validate(config)
+    assert f"--config.{key}=" in str(error.value)
+
+
+def test_all_illegal_values_are_told_at_once():
+    config = demo()
+    config.train.batch_size = 0
+    config.model.encoder = "vgg"
+    with pytest.raises(ValueError, match="2 illegal settings") as error:
+        configs.validate(config)
+    assert "batch_size" in str(error.value) and "vgg" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"train.steps": 0, "train.epochs": 0}, "both 0"),
+        ({"model.projector": "none"}, "local loss nothing to train"),
+        ({"eval.pool": 200}, "larger than the score map"),
+        ({"augment.blur_kernel": 301}, "reaches beyond"),
+        (
+            {"loss.cosine.weight": 0.0, "loss.local.weight": 0.0, "loss.global_.weight": 0.0},
+            "nothing would be trained",
+        ),
+    ],
+)
+def test_settings_that_are_legal_alone_but_not_together_are_refused(changes, reason):
+    config = demo()
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(ValueError, match=reason):
+        configs.validate(config)
+
+
+def test_a_setting_that_is_missing_is_named():
+    config = demo().copy_and_resolve_references().unlock()
+    del config.train.batch_size
+    with pytest.raises(ValueError, match=r"config.train.batch_size is missing"):
+        configs.validate(config)
+
+
+def test_a_config_survives_json_with_its_tuples():
+    config = demo()
+    again = configs.from_json(configs.to_json(config))
+    assert again.to_dict() == config.to_dict()
+    assert again.augment.crop_scale == (0.8, 1.0)
+
+
+def test_differences_tell_what_is_computed_from_how_to_run():
+    old, new = demo(), demo()
+    new.loss.local.temperature = 0.1
+    new.run.threads = 1
+    new.data.root = "/elsewhere"
+    new.eval.batch_size = 3
+    what, how = configs.differences(old, new)
+    assert what == ["loss.local.temperature: 0.05 -> 0.1"]
+    assert [line.split(":")[0] for line in how] == ["data.root", "eval.batch_size", "run.threads"]
+
+
+def test_an_unknown_method_after_the_config_file_is_refused():
+    with pytest.raises(ValueError, match="rd_ccl"):
+        configs.read_config_file(ROOT / "configs/demo.py", "vitad")
+
+
+def test_a_missing_config_file_is_named():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.py"):
+        configs.read_config_file("nowhere.py")

@@ -1,0 +1,129 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_tiny_config, write_photos
+from sklearn.metrics import roc_auc_score
+
+from ccl_jax import evaluate as evaluation
+from ccl_jax import jobs
+from ccl_jax.data.layouts import read_mvtec
+from ccl_jax.metrics.scores import IMAGE_METRICS, METRICS, PIXEL_METRICS
+from ccl_jax.predict import load_detector
+
+
+def results_of(workdir, step=4):
+    return json.loads((workdir / f"evaluation/{step}/results.json").read_text())
+
+
+def evaluate_on(photos, trained, tmp_path, **changes):
+    """Evaluates the trained detector on other photos, in a workdir of its own."""
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("evaluation"))
+    config = make_tiny_config(photos)
+    config.update_from_flattened_dict(changes)
+    assert jobs.evaluate_job(config, workdir) == 0
+    return results_of(workdir)
+
+
+def test_training_leaves_results_as_designed(trained):
+    results = results_of(trained)
+    assert results["step"] == 4 and results["dataset"] == "tiny"
+    assert set(results["classes"]) == {"tiny/bolt", "tiny/felt"}
+    for row in results["classes"].values():
+        assert (row["n_normal"], row["n_anomalous"]) == (2, 2)
+        assert all(0 <= row[name] <= 1 for name in METRICS)
+    assert set(results["mean"]) == set(METRICS)
+    assert results["mean_over"] == dict.fromkeys(METRICS, 2)
+    provenance = results["provenance"]
+    assert provenance["seed"] == 42
+    assert provenance["encoder"]["source"] == "random"
+    assert provenance["versions"]["jax"] == jax.__version__
+    assert provenance["config"]["train"]["batch_size"] == 4
+    folder = trained / "evaluation/4"
+    assert "| **mean**" in (folder / "results.md").read_text()
+    assert (folder / "report.html").exists()
+    assert (folder / "figures/tiny/bolt.png").stat().st_size > 10_000
+
+
+def test_metrics_agree_with_the_detectors_own_scores(trained, photos):
+    split = read_mvtec(photos, dataset="tiny")
+    detector = load_detector(trained)
+    for label, name in enumerate(split.class_names):
+        mine = [record for record in split.test if record.label == label]
+        prediction = detector.predict([record.image for record in mine])
+        truth = [record.anomalous for record in mine]
+        expected = roc_auc_score(truth, prediction.scores)
+        assert results_of(trained)["classes"][f"tiny/{name}"]["image_auroc"] == expected
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_evaluating_again_gives_the_same_numbers(trained, photos, tmp_path, devices):
+    changes = {"run.devices": devices, "eval.batch_size": 8}
+    again = evaluate_on(photos, trained, tmp_path, **changes)
+    for name, row in results_of(trained)["classes"].items():
+        for metric, value in row.items():
+            assert again["classes"][name][metric] == pytest.approx(value, abs=1e-3), metric
+
+
+def test_classes_without_masks_have_null_pixel_metrics_with_the_reason(trained, tmp_path):
+    photos = write_photos(tmp_path / "photos", classes=("bolt",), masks=False)
+    write_photos(photos, classes=("felt",))
+    results = evaluate_on(photos, trained, tmp_path)
+    bolt, felt = results["classes"]["tiny/bolt"], results["classes"]["tiny/felt"]
+    assert all(bolt[name] is None for name in PIXEL_METRICS)
+    assert all(bolt[name] is not None for name in IMAGE_METRICS)
+    assert "mask" in results["reasons"]["tiny/bolt"]["pixel_auroc"]
+    assert all(felt[name] is not None for name in METRICS)
+    assert results["mean"]["pixel_auroc"] == felt["pixel_auroc"]
+    assert results["mean_over"]["pixel_auroc"] == 1
+
+
+def test_classes_without_anomalies_say_so(trained, tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    shutil.rmtree(photos / "bolt/test/square")
+    shutil.rmtree(photos / "bolt/ground_truth")
+    results = evaluate_on(photos, trained, tmp_path)
+    assert all(results["classes"]["tiny/bolt"][name] is None for name in METRICS)
+    assert "no anomalous" in results["reasons"]["tiny/bolt"]["image_auroc"]
+
+
+def test_one_single_test_image_is_evaluated(trained, tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    for name in ("bolt/test", "bolt/ground_truth", "felt/test/good", "felt/ground_truth"):
+        shutil.rmtree(photos / name)
+    (photos / "felt/test/square/001.png").unlink()
+    results = evaluate_on(photos, trained, tmp_path)
+    assert results["classes"]["tiny/felt"]["n_anomalous"] == 1
+    assert results["reasons"]["tiny/bolt"]["image_auroc"] == "no test images"
+    assert results["reasons"]["tiny/felt"]["image_auroc"] == "no normal test images"
+
+
+def test_no_test_images_at_all_still_gives_a_result(trained, tmp_path):
+    photos = write_photos(tmp_path / "photos")
+    for name in ("bolt/test", "bolt/ground_truth", "felt/test", "felt/ground_truth"):
+        shutil.rmtree(photos / name)
+    results = evaluate_on(photos, trained, tmp_path)
+    assert results["mean"] == dict.fromkeys(METRICS)
+
+
+def test_figures_take_defects_in_turn_and_then_normal_images(photos):
+    records = read_mvtec(photos, dataset="tiny").test
+    chosen = evaluation.chosen_for_figures(records, 3)
+    kinds = [records[i].anomalous for i in chosen["tiny/bolt"]]
+    assert kinds == [True, True, False]
+    assert evaluation.chosen_for_figures(records, 0) == {}
+
+
+def test_the_released_image_label_calls_a_vanished_defect_normal():
+    batch = {
+        "mask": np.zeros((3, 4, 4), np.uint8),
+        "label": np.array([0, 0, 1]),
+        "anomalous": np.array([True, True, True]),
+    }
+    batch["mask"][1, 0, 0] = 1
+    by_mask = evaluation.image_labels(batch, {0}, "mask")
+    assert by_mask.tolist() == [False, True, True]  # class 1 has no masks to go by
+    assert evaluation.image_labels(batch, {0}, "folder").all()

@@ -1,0 +1,228 @@
+"""The command line as a user types it; most tests call main() in this process, to save imports."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, write_photos
+
+from ccl_jax.main import main
+
+
+def command(job, workdir, **settings):
+    words = ["main", "--job", job, "--workdir", str(workdir)]
+    return words + [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+def tiny(photos, workdir, **settings):
+    """The smallest training as a command line."""
+    settings = {
+        "data.root": photos,
+        "data.name": "tiny",
+        "data.image_size": 64,
+        "encoder.weights": "random",
+        "model.encoder": "resnet18",
+        "model.projector": "depthwise",
+        "train.batch_size": 4,
+        "train.steps": 4,
+        "train.log_every": 2,
+        "train.checkpoint_every": 2,
+        "eval.batch_size": 4,
+        "run.devices": 1,
+        "run.tensorboard": False,
+        "run.progress": False,
+    } | settings
+    return [*command("train", workdir, **settings), "--config", str(ROOT / "configs/folder.py")]
+
+
+def fails(capsys, words, *expected, status=1):
+    """The one clear message that a command ends with."""
+    assert main(words) == status
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and "Traceback" not in message, message
+    for text in expected:
+        assert str(text) in message, message
+    return message
+
+
+def test_evaluate_and_predict_need_only_the_workdir(trained, photos, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("evaluation"))
+    assert main(command("evaluate", workdir, **{"eval.step": 2})) == 0
+    assert "**mean**" in capsys.readouterr().out
+    assert json.loads((workdir / "evaluation/2/results.json").read_text())["step"] == 2
+    image = photos / "bolt/test/square/000.png"
+    assert main(command("predict", workdir, **{"predict.input": image})) == 0
+    assert (workdir / "predictions/scores.csv").exists()
+    assert (workdir / "predictions/overlays").is_dir()
+
+
+def test_prepare_counts_the_images(photos, capsys):
+    words = ["main", "--config", str(ROOT / "configs/folder.py"), "--job=prepare"]
+    assert main([*words, f"--config.data.root={photos}"]) == 0
+    assert "bolt: 4 to train on, 2 normal and 2 anomalous to test on" in capsys.readouterr().out
+
+
+def test_help_says_what_the_jobs_do(capsys):
+    assert main(["main", "--help"]) == 0
+    assert "--config configs/demo.py" in capsys.readouterr().out
+
+
+def test_an_unknown_setting_gets_a_did_you_mean(photos, tmp_path, capsys):
+    words = tiny(photos, tmp_path / "run", **{"train.batchsize": 8})
+    message = fails(capsys, words, "config.train.batchsize", status=2)
+    assert 'Did you mean "config.train.batch_size"?' in message
+
+
+def test_a_setting_of_the_wrong_type_is_named(photos, tmp_path, capsys):
+    words = tiny(photos, tmp_path / "run", **{"train.batch_size": "many"})
+    fails(capsys, words, "config.train.batch_size", "many", status=2)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["main"], "--config configs/demo.py"),
+        (["main", "--job=fly"], "fly"),
+        (["main", "--config", "nowhere.py", "--workdir", "x"], "nowhere.py"),
+        (["main", "--config", str(ROOT / "configs/demo.py")], "--workdir"),
+        (["main", "--config", str(ROOT / "configs/demo.py"), "train"], "train"),
+        (["main", "--job=evaluate", "--workdir=nowhere"], "nowhere/config.json does not exist"),
+    ],
+)
+def test_a_command_line_that_makes_no_sense_is_explained(words, expected, capsys):
+    fails(capsys, words, expected, status=2)
+
+
+def test_illegal_values_are_refused_before_anything_is_written(photos, tmp_path, capsys):
+    words = tiny(photos, tmp_path / "run", **{"data.image_size": 65})
+    fails(capsys, words, "config.data.image_size=65")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_data_folder_is_named(tmp_path, capsys):
+    fails(capsys, tiny(tmp_path / "no", tmp_path / "run"), tmp_path / "no")
+
+
+def test_a_class_without_training_images_is_named(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos")
+    shutil.rmtree(photos / "bolt/train")
+    fails(capsys, tiny(photos, tmp_path / "run"), "bolt")
+
+
+def test_a_batch_larger_than_the_training_set_is_refused(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", train=1)
+    fails(capsys, tiny(photos, tmp_path / "run"), "config.train.batch_size=4", "2 training images")
+
+
+def test_a_training_set_of_one_image_is_refused_or_trained_with_a_batch_of_one(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", classes=("bolt",), train=1)
+    fails(capsys, tiny(photos, tmp_path / "run"), "config.train.batch_size=4")
+    words = tiny(photos, tmp_path / "run", **{"train.batch_size": 1, "train.steps": 2})
+    assert main(words) == 0
+
+
+@pytest.mark.parametrize("setting", ["train.batch_size", "eval.batch_size"])
+def test_a_batch_that_the_devices_cannot_divide_is_refused(photos, tmp_path, capsys, setting):
+    words = tiny(photos, tmp_path / "run", **{"run.devices": 4, setting: 6})
+    message = fails(capsys, words, f"config.{setting}=6", "4 devices")
+    assert f"--config.{setting}=8" in message
+
+
+def test_more_devices_than_there_are_is_refused(photos, tmp_path, capsys):
+    fails(capsys, tiny(photos, tmp_path / "run", **{"run.devices": 9}), "config.run.devices=9")
+
+
+def test_a_workdir_of_another_config_is_refused_and_left_alone(trained, photos, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    before = (workdir / "config.json").read_text()
+    words = tiny(photos, workdir, **{"optimizer.lr": 1e-3})
+    fails(capsys, words, "optimizer.lr: 0.005 -> 0.001", f"--workdir={workdir}-2")
+    assert (workdir / "config.json").read_text() == before
+
+
+def test_settings_of_how_to_run_may_differ_and_are_listed(trained, photos, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    assert main(tiny(photos, workdir, **{"run.threads": 2, "eval.batch_size": 2})) == 0
+    out = capsys.readouterr().out
+    assert "run.threads: 4 -> 2" in out and "eval.batch_size: 4 -> 2" in out
+    assert json.loads((workdir / "config.json").read_text())["run"]["threads"] == 2
+
+
+def test_two_runs_in_one_workdir_are_refused(trained, photos, tmp_path, capsys):
+    from ccl_jax.workdir import lock_workdir
+
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    with lock_workdir(workdir):
+        fails(capsys, tiny(photos, workdir), "in use by another run", os.getpid())
+
+
+def test_an_unwritable_workdir_is_refused(photos, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    fails(capsys, tiny(photos, tmp_path / "file/run"), tmp_path / "file/run", "cannot be written")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", None])
+def test_a_bad_training_image_stops_the_run_with_its_name(tmp_path, capsys, content):
+    photos = write_photos(tmp_path / "photos", train=2)
+    bad = photos / "felt/train/good/001.png"
+    bad.write_bytes(bad.read_bytes()[:200] if content is None else content)
+    fails(capsys, tiny(photos, tmp_path / "run"), bad, "cannot be read as an image")
+
+
+def test_a_checkpoint_that_does_not_fit_the_model_is_refused(trained, photos, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    config = workdir / "config.json"
+    config.write_text(config.read_text().replace('"depthwise"', '"plain"'))
+    fails(capsys, command("evaluate", workdir), "does not fit the model", workdir)
+
+
+def test_an_error_that_is_not_ours_keeps_its_traceback(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("ccl_jax.jobs.check_records", lambda *_: json.loads("{"))
+    assert main(tiny(photos, tmp_path / "run")) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_readme_demo_command_leaves_what_the_design_promises(tmp_path):
+    readme = (ROOT / "README.md").read_text()
+    line = next(
+        line for line in readme.splitlines() if "ccl_jax.main --config configs/demo" in line
+    )
+    words = line[line.index("-m ccl_jax.main") :].split("#")[0].split()
+    words[words.index("--workdir") + 1] = str(tmp_path / "run")
+    small = {
+        "data.root": tmp_path / "data",
+        "data.image_size": 64,
+        "synthetic.image_size": 64,
+        "synthetic.train_per_class": 2,
+        "synthetic.test_normal_per_class": 2,
+        "synthetic.test_per_defect": 1,
+        "train.steps": 2,
+        "train.batch_size": 4,
+    }
+    words += [f"--config.{key}={value}" for key, value in small.items()]
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    ran = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "**mean**" in ran.stdout
+    results = json.loads((tmp_path / "run/evaluation/2/results.json").read_text())
+    assert len(results["classes"]) >= 8
+    assert results["mean"]["image_auroc"] is not None
+    for name in (
+        "config.json",
+        "encoder/encoder.safetensors",
+        "checkpoints/2",
+        "log/metrics.jsonl",
+    ):
+        assert (tmp_path / "run" / name).exists(), name
+    assert list((tmp_path / "run/log").glob("events*"))

@@ -1,0 +1,166 @@
+"""Where arrays lie, on one device, on four, and over two processes."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from ccl_jax import mesh
+
+TWO_PROCESSES = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+from ccl_jax import mesh
+
+assert mesh.initialize_distributed()
+where = mesh.make_mesh()
+rows = np.arange(8.0, dtype=np.float32).reshape(4, 2) + 100 * jax.process_index()
+image = mesh.put_batch({"image": rows}, where)["image"]
+gram = jax.jit(lambda z: (z @ z.T).sum(), out_shardings=mesh.replicated(where))(image)
+try:
+    mesh.make_mesh(2)
+except ValueError as error:
+    assert "fewer processes" in str(error)
+else:
+    raise AssertionError("a mesh that leaves out a process was built")
+print("result", jax.process_count(), where.size, image.shape, float(gram), flush=True)
+"""
+
+
+def test_mesh_takes_all_devices_by_default():
+    where = mesh.make_mesh()
+    assert where.axis_names == ("data",)
+    assert where.axis_types == (AxisType.Auto,)
+    assert list(where.devices) == jax.devices()
+
+
+def test_mesh_takes_the_first_devices_when_told_how_many():
+    assert list(mesh.make_mesh(3).devices) == jax.devices()[:3]
+
+
+@pytest.mark.parametrize("devices", [5, -1])
+def test_more_devices_than_there_are_is_refused(devices):
+    with pytest.raises(
+        ValueError, match=rf"config.run.devices={devices}, but this run has 4 \(cpu"
+    ):
+        mesh.make_mesh(devices)
+
+
+def test_contrastive_gram_matrix_of_a_split_batch_compiles_and_is_right():
+    rows = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    labels = np.arange(8, dtype=np.int32) % 3
+    batch = mesh.put_batch({"image": rows, "label": labels}, mesh.make_mesh())
+    assert batch["image"].sharding == mesh.batch_sharding(mesh.make_mesh())
+    assert {shard.data.shape for shard in batch["image"].addressable_shards} == {(2, 3)}
+
+    @jax.jit
+    def gram(batch):
+        same = batch["label"][:, None] == batch["label"][None, :]
+        return jax.numpy.where(same, batch["image"] @ batch["image"].T, 0)
+
+    want = np.where(labels[:, None] == labels[None, :], rows @ rows.T, 0)
+    np.testing.assert_allclose(gram(batch), want, rtol=1e-5, atol=1e-6)
+
+
+def test_images_stay_uint8_on_their_way():
+    images = np.arange(4 * 2 * 2 * 3, dtype=np.uint8).reshape(4, 2, 2, 3)
+    there = mesh.put_batch({"image": images}, mesh.make_mesh())["image"]
+    assert there.dtype == np.uint8
+    np.testing.assert_array_equal(there, images)
+
+
+def test_replicated_array_is_whole_on_every_device():
+    where = mesh.make_mesh()
+    array = jax.device_put(np.ones((3, 2)), mesh.replicated(where))
+    assert [shard.data.shape for shard in array.addressable_shards] == [(3, 2)] * 4
+
+
+def test_batch_that_cannot_be_split_is_refused_with_the_next_that_can():
+    with pytest.raises(
+        ValueError,
+        match=r"config.train.batch_size=10 cannot be split over 4 devices; "
+        r"use a multiple of 4, e.g. --config.train.batch_size=12",
+    ):
+        mesh.check_divisible(10, 4, "train.batch_size")
+    mesh.check_divisible(12, 4, "train.batch_size")
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """Arguments of the calls to jax.distributed.initialize, in an environment of one process."""
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: calls.append(settings))
+    return calls
+
+
+def test_lone_process_joins_nobody(joined):
+    assert not mesh.initialize_distributed()
+    assert joined == []
+
+
+def test_single_slurm_task_joins_nobody(joined, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert not mesh.initialize_distributed()
+
+
+def test_slurm_step_leaves_the_rest_to_jax(joined, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert mesh.initialize_distributed()
+    assert joined == [{}]
+
+
+def test_process_joins_the_coordinator_it_is_told(joined, monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    assert mesh.initialize_distributed()
+    assert joined == [
+        {"coordinator_address": "host:1234", "num_processes": 2, "process_id": 1},
+    ]
+
+
+@pytest.mark.parametrize("wrong", ["", "two"])
+def test_coordinator_without_a_process_number_is_refused(joined, monkeypatch, wrong):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "host:1234")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", wrong)
+    with pytest.raises(ValueError, match=rf"JAX_PROCESS_ID='{wrong}' is not a number"):
+        mesh.initialize_distributed()
+    assert joined == []
+
+
+def test_two_processes_see_one_batch():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TWO_PROCESSES],
+            env=os.environ
+            | {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": "2",
+                "JAX_PROCESS_ID": str(number),
+            },
+            cwd=Path(__file__).parent.parent,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in processes]
+    rows = np.concatenate([np.arange(8.0).reshape(4, 2), np.arange(8.0).reshape(4, 2) + 100])
+    for process, (out, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, err
+        *_, count, size, result = out.replace("(8, 2)", "").split()
+        assert (int(count), int(size), float(result)) == (2, 4, (rows @ rows.T).sum())

@@ -1,0 +1,173 @@
+"""The log of a run: each step once, also after a resume, and speeds that are right."""
+
+import json
+import math
+
+import jax
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from ccl_jax.run_log import RunLog, Throughput
+
+
+def open_log(folder, start=0, *, tensorboard=False, progress=False):
+    return RunLog(
+        folder,
+        total_steps=10,
+        start_step=start,
+        images_per_step=4,
+        tensorboard=tensorboard,
+        progress=progress,
+    )
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_line_has_step_time_and_scalars(tmp_path):
+    with open_log(tmp_path) as log:
+        log.write(2, {"loss": 0.5, "cosine": 0.25})
+        assert len(lines_of(tmp_path)) == 1, "a line must be on disk before the run ends"
+        log.write(4, {"loss": 0.4})
+    first, second = lines_of(tmp_path)
+    assert first["loss"] == 0.5 and first["cosine"] == 0.25 and first["step"] == 2
+    assert second["step"] == 4 and second["time"] >= first["time"] > 1.7e9
+
+
+def test_resumed_run_has_each_step_once(tmp_path):
+    with open_log(tmp_path) as log:
+        for step in (2, 4, 6, 8):
+            log.write(step, {"loss": float(step)})
+    with open_log(tmp_path, start=4) as log:  # killed at 8, last checkpoint at 4
+        log.write(6, {"loss": 0.0})
+    assert [(line["step"], line["loss"]) for line in lines_of(tmp_path)] == [(2, 2), (4, 4), (6, 0)]
+
+
+def test_line_cut_off_by_a_kill_is_taken_out(tmp_path):
+    with open_log(tmp_path) as log:
+        log.write(2, {"loss": 1.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    with open_log(tmp_path, start=3) as log:
+        log.write(4, {"loss": 2.0})
+    assert [line["step"] for line in lines_of(tmp_path)] == [2, 4]
+
+
+def test_run_that_starts_over_forgets_the_lines_of_the_one_without_checkpoint(tmp_path):
+    with open_log(tmp_path) as log:
+        log.write(2, {"loss": 1.0})
+    with open_log(tmp_path, start=0):
+        pass
+    assert lines_of(tmp_path) == []
+
+
+def test_not_finite_becomes_null(tmp_path):
+    with open_log(tmp_path) as log:
+        log.write(1, {"loss": math.nan, "norm": math.inf, "cosine": 1.0})
+    (line,) = lines_of(tmp_path)
+    assert line["loss"] is None and line["norm"] is None and line["cosine"] == 1.0
+
+
+def read_events(folder):
+    """(step, tag, value) of every scalar, and the steps of session starts, in order of files."""
+    scalars, starts = [], []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data = path.read_bytes()
+        while data:  # length, its checksum, record, its checksum
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+            scalars += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+            if event.HasField("session_log"):
+                starts.append(event.step)
+    return scalars, starts
+
+
+def test_tensorboard_gets_every_scalar_and_hides_what_a_killed_run_left(tmp_path):
+    with open_log(tmp_path, tensorboard=True) as log:
+        log.write(2, {"loss": 0.5, "cosine": 0.25})
+    assert read_events(tmp_path)[0] == [(2, "loss", 0.5), (2, "cosine", 0.25)]
+    with open_log(tmp_path, start=1, tensorboard=True):
+        pass
+    assert read_events(tmp_path)[1][-1] == 2, "steps from 2 on are purged"
+
+
+def test_progress_bar_shows_losses_speed_and_time_left(tmp_path, capsys):
+    with open_log(tmp_path, start=2, progress=True) as log:
+        for step in (3, 4, 5):
+            log.advance(step)
+        log.write(5, {"loss": 0.51234, "cosine": 0.25})
+    shown = capsys.readouterr().err
+    assert "5/10" in shown
+    assert "loss 0.5123, cosine 0.25" in shown
+    assert "images/s" in shown
+    assert "<" in shown, "elapsed < left"
+
+
+def test_without_progress_nothing_is_shown(tmp_path, capsys):
+    with open_log(tmp_path) as log:
+        log.advance(1)
+        log.write(1, {"loss": 1.0})
+    assert capsys.readouterr().err == ""
+
+
+def test_speed_is_logged_after_training_steps_only(tmp_path):
+    with open_log(tmp_path) as log:
+        log.waited(0.001)
+        for step in (1, 2, 3):
+            log.advance(step)
+        log.write(3, {"loss": 1.0})
+        log.write(3, {"image_auroc": 0.9})
+    training, evaluation = lines_of(tmp_path)
+    assert training["images_per_second"] > 0 and 0 <= training["input_wait"] <= 1
+    assert "images_per_second" not in evaluation
+
+
+def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with open_log(tmp_path / "log", tensorboard=True, progress=True) as log:
+        log.advance(1)
+        log.write(1, {"loss": 1.0})
+    assert not (tmp_path / "log").exists()
+    assert capsys.readouterr().err == ""
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_throughput_worked_by_hand():
+    clock = Clock()
+    meter = Throughput(8, clock)
+    clock.now = 100.0  # compilation
+    meter.step()
+    for _ in range(4):
+        meter.waited(0.5)
+        clock.now += 2.0
+        meter.step()
+    assert meter.figures() == {"images_per_second": 4.0, "input_wait": 0.25}
+    assert meter.figures() == {}
+
+
+def test_throughput_leaves_pauses_out():
+    clock = Clock()
+    meter = Throughput(8, clock)
+    meter.step()
+    clock.now += 2.0
+    with pytest.raises(KeyError), meter.paused():
+        clock.now += 50.0
+        raise KeyError
+    meter.step()
+    assert meter.figures()["images_per_second"] == 4.0
+
+
+def test_throughput_of_one_step_is_unknown():
+    meter = Throughput(8, Clock())
+    assert meter.figures() == {}
+    meter.step()
+    assert meter.figures() == {}

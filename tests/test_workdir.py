@@ -1,0 +1,81 @@
+"""One run at a time in a workdir, and a clear word where it cannot be written."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ccl_jax.workdir import HOLDER, check_writable, lock_workdir
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from ccl_jax.workdir import lock_workdir
+with lock_workdir(Path(sys.argv[1])):
+    print("locked", flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """A second process that holds the lock of tmp_path."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def test_second_run_in_a_workdir_is_refused_and_told_of_the_first(tmp_path, other_run):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=rf"process {other_run.pid} on .*--workdir=.*-2"):
+        lock_workdir(tmp_path).__enter__()
+    assert (tmp_path / "config.json").read_text() == "{}"
+    assert other_run.poll() is None
+
+
+def test_lock_vanishes_with_a_killed_run(tmp_path, other_run):
+    os.kill(other_run.pid, signal.SIGKILL)
+    other_run.wait()
+    assert (tmp_path / HOLDER).exists(), "a killed run cannot clean up, so this test is real"
+    with lock_workdir(tmp_path):
+        assert str(os.getpid()) in (tmp_path / HOLDER).read_text()
+
+
+def test_lock_is_free_again_after_the_block_even_after_an_error(tmp_path):
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="inside"), lock_workdir(tmp_path):
+            raise RuntimeError("inside")
+    assert not (tmp_path / HOLDER).exists()
+
+
+def test_refusal_before_the_other_run_has_written_who_it_is(tmp_path, other_run):
+    (tmp_path / HOLDER).unlink()
+    with pytest.raises(ValueError, match="in use by another run"):
+        lock_workdir(tmp_path).__enter__()
+
+
+def test_refusal_comes_at_once(tmp_path, other_run):
+    start = time.perf_counter()
+    with pytest.raises(ValueError, match="in use"):
+        lock_workdir(tmp_path).__enter__()
+    assert time.perf_counter() - start < 1.0
+
+
+def test_writable_workdir_is_created_and_left_empty(tmp_path):
+    workdir = tmp_path / "new" / "run"
+    check_writable(workdir)
+    assert list(workdir.iterdir()) == []
+
+
+@pytest.mark.parametrize("workdir", ["file", "file/below", "/proc/run", "/proc"])
+def test_unwritable_workdir_is_named_with_the_reason(tmp_path, workdir):
+    (tmp_path / "file").write_text("")  # tests may run as root, whom no permission stops
+    with pytest.raises(ValueError, match=r"--workdir=.* cannot be written \(.+\); choose another"):
+        check_writable(tmp_path / workdir)
+    with pytest.raises(ValueError, match="cannot be written"):
+        lock_workdir(tmp_path / workdir).__enter__()
