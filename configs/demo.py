@@ -14,7 +14,7 @@ def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
     config.data.image_size = 128
     config.encoder.weights = "random"
     config.model.encoder = "resnet18"
-    config.train.steps = 160
-    config.train.checkpoint_every = 80
+    config.train.steps = 200
+    config.train.checkpoint_every = 100
     config.eval.batch_size = 32
     return config
