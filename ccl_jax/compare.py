@@ -60,7 +60,11 @@ def main(arguments: Sequence[str]) -> int:
         if not runs[name]:
             print(f"error: {argument!r} matches no folder; write NAME=PATTERN.", file=sys.stderr)
             return 2
-    print(comparison_table(runs) if runs else __doc__)
+    try:
+        print(comparison_table(runs) if runs else __doc__)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

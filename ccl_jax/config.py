@@ -1,11 +1,10 @@
-"""Configs: reading them, writing them, and refusing every illegal value before anything starts."""
+"""Configs: reading them, writing them, and telling two of them apart."""
 
 import difflib
 import importlib.util
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ HOW_TO_RUN = (
     "predict",
     "run",
 )
-
-ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
 
 def read_config_file(path: str | Path, argument: str | None = None) -> ConfigDict:
@@ -55,6 +52,21 @@ def from_json(text: str) -> ConfigDict:
         return tuple(value) if isinstance(value, list) else value
 
     return ConfigDict(tuples(json.loads(text))).lock()
+
+
+def read_json(path: Path) -> ConfigDict:
+    """Returns the config of a workdir; ValueError where the file is missing or damaged."""
+    try:
+        return from_json(path.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{path} does not exist; name the folder that a training was started with (--workdir)."
+        ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is damaged ({error}); write it again by starting the training with its "
+            f"--config in a new folder, and copy it from there."
+        ) from error
 
 
 def to_json(config: ConfigDict) -> str:
@@ -91,225 +103,3 @@ def did_you_mean(name: str, known: list[str]) -> str:
         last[key] for key in difflib.get_close_matches(name.rsplit(".", 1)[-1], list(last), n=1)
     ]
     return f' Did you mean "{close[0]}"?' if close else ""
-
-
-class Problems:
-    """Collects what is wrong with a config, so that all of it is told at once."""
-
-    def __init__(self, config: ConfigDict) -> None:
-        self.values = dict(flatten(config))
-        self.lines: list[str] = []
-
-    def check(self, key: str, good: Callable[[Any], bool], needs: str, example: Any) -> None:
-        """Notes setting `key` unless `good` holds for its value."""
-        if key not in self.values:
-            self.lines.append(f"config.{key} is missing; add it, e.g. --config.{key}={example}")
-        elif not good(self.values[key]):
-            value = self.values[key]
-            self.lines.append(
-                f"config.{key}={value!r} must be {needs}, e.g. --config.{key}={example}"
-            )
-
-    def choice(self, key: str, *allowed: Any) -> None:
-        """The value is one of `allowed`."""
-        self.check(
-            key, lambda v: v in allowed, f"one of {', '.join(map(repr, allowed))}", allowed[0]
-        )
-
-    def integer(self, key: str, least: int, example: int) -> None:
-        """The value is a whole number, at least `least`."""
-        self.check(key, lambda v: is_integer(v) and v >= least, f"an integer >= {least}", example)
-
-    def number(
-        self, key: str, low: float, high: float, example: float, *, above: bool = False
-    ) -> None:
-        """The value is a number in [low, high], or in (low, high] where `above`."""
-        bracket = "(" if above else "["
-        self.check(
-            key,
-            lambda v: is_number(v) and low <= v <= high and not (above and v == low),
-            f"a number in {bracket}{low:g}, {high:g}]",
-            example,
-        )
-
-    def interval(self, key: str, low: float, high: float, example: tuple[float, float]) -> None:
-        """The value is a pair (from, to) with low < from <= to <= high."""
-        self.check(
-            key,
-            lambda v: len(v) == 2 and all(map(is_number, v)) and low < v[0] <= v[1] <= high,
-            f"two numbers with {low:g} < first <= second <= {high:g}",
-            f"'{example}'",
-        )
-
-
-def is_integer(value: Any) -> bool:
-    """Whether a value is a whole number (True and False are not)."""
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite number (True and False are not)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def validate(config: ConfigDict) -> None:
-    """Raises ValueError naming every illegal value; touches no device and reads no data file."""
-    problems = Problems(config)
-    problems.check("name", lambda v: isinstance(v, str) and bool(v), "a name", "mine")
-    problems.check("seed", lambda v: is_integer(v) and 0 <= v < 2**32, "in 0 .. 2**32-1", 42)
-    for check in (_data, _model, _loss, _augment, _train, _evaluate_and_predict, _run):
-        check(problems)
-    if not problems.lines:
-        _together(problems, config)
-    if problems.lines:
-        head = f"{len(problems.lines)} illegal setting{'s' * (len(problems.lines) > 1)}:"
-        raise ValueError("\n  ".join([head, *problems.lines]))
-
-
-def _data(p: Problems) -> None:
-    p.choice("data.layout", "mvtec", "synthetic")
-    p.check("data.root", lambda v: isinstance(v, str) and bool(v), "a folder", "/path/to/photos")
-    p.check(
-        "data.name", lambda v: isinstance(v, str) and "/" not in v, 'a name without "/"', "mvtec"
-    )
-    p.check(
-        "data.classes",
-        lambda v: isinstance(v, tuple) and all(isinstance(name, str) for name in v),
-        "a tuple of class names; () takes all",
-        "\"('carpet','wood')\"",
-    )
-    p.check(
-        "data.image_size",
-        lambda v: is_integer(v) and v >= 64 and v % 32 == 0,
-        "a multiple of 32, at least 64 (the neck halves the image five times)",
-        256,
-    )
-    p.choice("data.shuffle", "plain", "class_balanced")
-    p.check(
-        "synthetic.image_size", lambda v: is_integer(v) and 32 <= v <= 1024, "in 32 .. 1024", 128
-    )
-    for key, least in (
-        ("train_per_class", 1),
-        ("test_normal_per_class", 1),
-        ("test_per_defect", 1),
-        ("seed", 0),
-    ):
-        p.integer(f"synthetic.{key}", least, max(least, 5))
-
-
-def _model(p: Problems) -> None:
-    p.choice("model.family", "rd")
-    p.choice("model.encoder", *ENCODERS)
-    p.choice("model.projector", "plain", "depthwise", "none")
-    p.number("model.noise_probability", 0.0, 1.0, 0.3085)
-    p.choice("model.compute_dtype", "float32", "bfloat16")
-    p.check(
-        "encoder.weights",
-        is_weights_source,
-        '"random", "hub:NAME", or an existing .safetensors, .pth or .pt file',
-        "hub:wide_resnet50_2.racm_in1k",
-    )
-
-
-def is_weights_source(value: Any) -> bool:
-    """Whether encoder weights can come from there, as far as that shows without opening a file."""
-    if value == "random" or (
-        isinstance(value, str) and value.startswith("hub:") and len(value) > 4
-    ):
-        return True
-    suffixes = (".safetensors", ".pth", ".pt")
-    return isinstance(value, str) and value.endswith(suffixes) and os.path.isfile(value)
-
-
-def _loss(p: Problems) -> None:
-    for term in ("cosine", "local", "global_"):
-        p.number(f"loss.{term}.weight", 0.0, 1e6, 1.0)
-    p.check("loss.cosine.flat", lambda v: isinstance(v, bool), "True or False", True)
-    for term in ("local", "global_"):
-        p.number(f"loss.{term}.temperature", 0.01, 10.0, 0.05)
-    p.choice("loss.local.match", "global", "window")
-    p.check("loss.local.window", lambda v: is_integer(v) and v > 0 and v % 2 == 1, "odd", 5)
-    p.check(
-        "loss.local.same_class_candidates", lambda v: isinstance(v, bool), "True or False", False
-    )
-    p.choice("loss.global_.form", "two_view", "second_release")
-
-
-def _augment(p: Problems) -> None:
-    p.interval("augment.crop_scale", 0.0, 1.0, (0.8, 1.0))
-    p.interval("augment.crop_ratio", 0.0, 100.0, (0.75, 1.333))
-    for key in ("horizontal_flip", "vertical_flip", "grayscale"):
-        p.number(f"augment.{key}", 0.0, 1.0, 0.5)
-    for key in ("brightness", "contrast", "saturation"):
-        p.number(f"augment.{key}", 0.0, 1.0, 0.4)
-    p.number("augment.hue", 0.0, 0.5, 0.1)
-    p.check("augment.blur_kernel", lambda v: is_integer(v) and v > 0 and v % 2 == 1, "odd", 23)
-    p.interval("augment.blur_sigma", 0.0, 100.0, (0.1, 2.0))
-    p.number("augment.rotation", 0.0, 180.0, 15.0)
-
-
-def _train(p: Problems) -> None:
-    p.number("optimizer.projector_lr", 0.0, 10.0, 1e-3)
-    p.number("optimizer.lr", 0.0, 10.0, 5e-3)
-    p.check(
-        "optimizer.betas",
-        lambda v: len(v) == 2 and all(is_number(b) and 0 <= b < 1 for b in v),
-        "two numbers in [0, 1)",
-        "'(0.5, 0.999)'",
-    )
-    p.number("optimizer.clip_norm", 0.0, 1e6, 5.0)
-    p.number("optimizer.decay_at", 0.0, 1.0, 0.8, above=True)
-    p.integer("train.batch_size", 1, 16)
-    p.integer("train.epochs", 0, 200)
-    p.integer("train.steps", 0, 1000)
-    p.integer("train.log_every", 1, 10)
-    p.integer("train.checkpoint_every", 1, 1000)
-    p.integer("train.keep_checkpoints", 1, 2)
-
-
-def _evaluate_and_predict(p: Problems) -> None:
-    p.integer("eval.every_steps", 0, 1000)
-    p.integer("eval.batch_size", 1, 16)
-    p.number("eval.smoothing_sigma", 0.0, 100.0, 4.0)
-    p.choice("eval.combine", "add", "mul")
-    p.integer("eval.pool", 1, 16)
-    p.choice("eval.image_label", "folder", "mask")
-    p.number("eval.aupro_fpr_limit", 0.0, 1.0, 0.3, above=True)
-    p.integer("eval.figures_per_class", 0, 4)
-    p.integer("eval.step", -1, -1)
-    p.check("predict.input", lambda v: isinstance(v, str), "a file or a folder", "photos/")
-    p.check("predict.output", lambda v: isinstance(v, str), "a folder", "predictions/")
-    p.integer("predict.batch_size", 1, 8)
-    p.integer("predict.step", -1, -1)
-
-
-def _run(p: Problems) -> None:
-    p.integer("run.devices", 0, 0)
-    p.integer("run.threads", 1, 4)
-    p.integer("run.workers", 0, 0)
-    for key in ("progress", "tensorboard"):
-        p.check(f"run.{key}", lambda v: isinstance(v, bool), "True or False", True)
-
-
-def _together(p: Problems, config: ConfigDict) -> None:
-    """Settings that are legal alone and not together."""
-    if config.train.steps == 0 and config.train.epochs == 0:
-        p.lines.append("config.train.steps and config.train.epochs are both 0; set one of them.")
-    total = config.loss.cosine.weight + config.loss.local.weight + config.loss.global_.weight
-    if total == 0:
-        p.lines.append("all of config.loss.*.weight are 0; nothing would be trained.")
-    if config.model.projector == "none" and config.loss.local.weight > 0:
-        p.lines.append(
-            'config.model.projector="none" leaves the local loss nothing to train; add '
-            "--config.loss.local.weight=0 (RD without CCL also --config.loss.global_.weight=0)."
-        )
-    if config.eval.pool > config.data.image_size:
-        p.lines.append(
-            f"config.eval.pool={config.eval.pool} is larger than the score map of "
-            f"{config.data.image_size} pixels, e.g. --config.eval.pool=16"
-        )
-    if 2 * (config.augment.blur_kernel // 2) >= 2 * config.data.image_size:
-        p.lines.append(
-            f"config.augment.blur_kernel={config.augment.blur_kernel} reaches beyond the reflected "
-            f"border of an image of {config.data.image_size} pixels; use a smaller one."
-        )

@@ -6,9 +6,8 @@ paper disagree, the code is followed and the paper's variant is an argument.
 
 A map is (b, h, w, c), a position is one (h, w) of it. "Clean" and "augmented" are two views of the
 same images; the encoder is frozen, the projector is trained. Everything is computed over the whole
-batch that is passed in, in at least float32. An image that lacks a partner (no other class in the
-batch to push off, no second image of its class) contributes nothing and is not counted; a vector
-of zero length has cosine 0 with everything, and no gradient.
+batch that is passed in, in at least float32. A vector of zero length has cosine 0 with everything,
+and no gradient.
 """
 
 from collections.abc import Sequence
@@ -32,11 +31,6 @@ def _unit(vectors: Float[Array, "..."], axis: int | tuple[int, ...] = -1) -> Flo
     long_enough = squares > NORM_FLOOR**2
     # The inner `where` keeps the square root, whose slope at 0 is infinite, away from 0.
     return jnp.where(long_enough, vectors / jnp.sqrt(jnp.where(long_enough, squares, 1.0)), 0.0)
-
-
-def _mean_where(counted: Bool[Array, "*shape"], values: Float[Array, "*shape"]) -> Scalar:
-    """The mean of the counted values; 0 without gradient if none counts."""
-    return jnp.sum(jnp.where(counted, values, 0.0)) / jnp.maximum(jnp.sum(counted), 1)
 
 
 # --- distillation ------------------------------------------------------------------------------
@@ -83,7 +77,7 @@ def two_view_supervised_contrastive_loss(
     log_p = _log_softmax_of_cosines(jnp.concatenate([clean, augmented]), temperature)
     classes = jnp.concatenate([labels, labels])
     positive = (classes[:, None] == classes[None, :]) & ~jnp.eye(len(classes), dtype=bool)
-    return -_mean_where(positive, log_p)
+    return -jnp.sum(jnp.where(positive, log_p, 0.0)) / jnp.sum(positive)
 
 
 def second_release_contrastive_loss(
@@ -238,15 +232,15 @@ def local_contrastive_loss(
     """Local CL: each clean position is told from the same position of an image of another class.
 
     Per position, with cosines of projected maps over the temperature, -log(e^pos / (e^pos + e^neg
-    + 1e-6)); mean over the positions of all images that have a negative, then over scales.
+    + 1e-6)); mean over the positions of all images, then over scales.
     - pos: with the augmented view, there where the frozen encoder sees the best match.
     - neg: with the augmented view of one random image of another class, at the same position;
       one draw per image and scale, or the batch indices in `negatives`.
 
     As released, matches are searched over the whole map of the own image. As the paper's supplement
     states it, they lie within `window` positions, and another image of the class takes part
-    (`same_class_candidates`; one draw per image and scale). Unlike the release, which drops a
-    scale if a single image has no negative, only that image is left out.
+    (`same_class_candidates`; one draw per image and scale, none for an image that is alone in its
+    class). A batch of a single class has no negatives: 0, without gradient.
     """
     negative_keys, partner_keys = jax.random.split(key, (2, len(encoder_clean)))
     drawn, has_negative = jax.vmap(draw_negatives, (0, None))(negative_keys, labels)
@@ -263,7 +257,5 @@ def local_contrastive_loss(
         pos = jnp.sum(query * positive, -1) / temperature
         neg = jnp.sum(query * own[negatives[scale]], -1) / temperature
         floor = jnp.full_like(pos, jnp.log(EPSILON))
-        loss = jax.nn.logsumexp(jnp.stack([pos, neg, floor]), axis=0) - pos
-        counted = jnp.broadcast_to(has_negative[scale][:, None], loss.shape)
-        losses.append(_mean_where(counted, loss))
-    return jnp.mean(jnp.stack(losses))
+        losses.append(jnp.mean(jax.nn.logsumexp(jnp.stack([pos, neg, floor]), axis=0) - pos))
+    return jnp.where(jnp.all(has_negative), jnp.mean(jnp.stack(losses)), 0.0)

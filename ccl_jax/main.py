@@ -22,6 +22,7 @@ from ml_collections import config_flags
 
 from ccl_jax import config as configs
 from ccl_jax import jobs
+from ccl_jax.validation import validate
 
 JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
     "train": jobs.train_job,
@@ -30,7 +31,7 @@ JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
     "prepare": jobs.prepare_job,
     "baseline": jobs.baseline_job,
 }
-NEEDS_CONFIG = ("train", "prepare", "baseline")  # the others read DIR/config.json without one
+NEEDS_CONFIG = ("train", "prepare")  # the others read DIR/config.json without one
 NEEDS_WORKDIR = ("train", "evaluate", "predict")
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 
@@ -38,7 +39,7 @@ PACKAGE = os.path.dirname(os.path.abspath(__file__))
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line, program name first, and returns its exit status."""
     words = list(sys.argv if argv is None else argv)
-    if any(word.lstrip("-") in ("help", "helpfull", "h") for word in words[1:]):
+    if any(word in ("--help", "-help", "-h", "--helpfull") for word in words[1:]):
         print(__doc__)
         return 0
     try:
@@ -47,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {unknown_setting(words) or error}", file=sys.stderr)
         return 2
     try:
-        configs.validate(config)
+        validate(config)
         return JOBS[job](config, workdir)
     except KeyboardInterrupt:
         print(
@@ -67,19 +68,33 @@ def parse(words: Sequence[str]) -> tuple[configs.ConfigDict, Path, str]:
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "Folder of the run.", flag_values=values)
     flags.DEFINE_enum("job", "train", list(JOBS), "What to do.", flag_values=values)
-    path = argument(words, "config")
-    if path is not None:
-        configs.make_importable(Path(path.partition(":")[0]))
-        config_flags.DEFINE_config_file("config", None, "Settings.", flag_values=values)
-    else:
-        stored = stored_config(words)
-        config_flags.DEFINE_config_dict("config", stored, "Settings.", flag_values=values)
-    rest = values(list(words))
-    if len(rest) > 1:
-        raise ValueError(f"cannot make sense of {' '.join(rest[1:])}; every flag starts with --.")
+    path, rest = without_config(words)
+    config = read_config(path, rest)
+    # The overrides are read from sys_argv, everything else from what is parsed.
+    config_flags.DEFINE_config_dict(
+        "config", config, "Settings.", flag_values=values, sys_argv=list(rest)
+    )
+    unparsed = values(list(rest))
+    if len(unparsed) > 1:
+        raise ValueError(f"cannot make sense of {' '.join(unparsed[1:])}; flags start with --.")
     if values.workdir is None and values.job in NEEDS_WORKDIR:
         raise ValueError(f"--job {values.job} needs a folder, e.g. --workdir runs/demo.")
     return values.config, Path(values.workdir or "."), values.job
+
+
+def without_config(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Returns (the value of --config or None, the other arguments)."""
+    path, rest = None, []
+    queue = list(words)
+    while queue:
+        word = queue.pop(0)
+        if word in ("--config", "-config"):
+            path = queue.pop(0) if queue else ""
+        elif word.startswith(("--config=", "-config=")):
+            path = word.partition("=")[2]
+        else:
+            rest.append(word)
+    return path, rest
 
 
 def argument(words: Sequence[str], name: str) -> str | None:
@@ -92,32 +107,29 @@ def argument(words: Sequence[str], name: str) -> str | None:
     return value
 
 
-def stored_config(words: Sequence[str]) -> configs.ConfigDict:
-    """The config of the workdir among the arguments.
+def read_config(path: str | None, words: Sequence[str]) -> configs.ConfigDict:
+    """The config of a file, "FILE" or "FILE:METHOD", or that of the workdir among the arguments.
 
-    Raises ValueError where there is none, or where the job needs a config file.
+    Raises ValueError where there is neither, or where the job needs a file.
     """
+    if path is not None:
+        file, _, method = path.partition(":")
+        return configs.read_config_file(file, method or None)
     job, workdir = argument(words, "job") or "train", argument(words, "workdir")
     if job in NEEDS_CONFIG or workdir is None:
         raise ValueError(f"--job {job} needs a config, e.g. --config configs/demo.py.")
-    stored = Path(workdir) / "config.json"
-    if not stored.exists():
-        raise ValueError(
-            f"{stored} does not exist and no --config was given; name the folder that a training "
-            f"was started with (--workdir)."
-        )
-    return configs.from_json(stored.read_text())
+    return configs.read_json(Path(workdir) / "config.json")
 
 
 def unknown_setting(words: Sequence[str]) -> str | None:
     """The message for an override of a setting that does not exist, or None if all exist."""
-    path, method = (argument(words, "config") or "").partition(":")[::2]
+    path, rest = without_config(words)
     try:
-        config = configs.read_config_file(path, method or None) if path else stored_config(words)
-    except (ValueError, OSError):
+        config = read_config(path, rest)
+    except (ValueError, OSError, AttributeError):
         return None
     known = [f"config.{key}" for key, _ in configs.flatten(config)]
-    for word in words:
+    for word in rest:
         key = word.lstrip("-").partition("=")[0]
         if key.startswith("config.") and key not in known:
             return f"--{key}: there is no such setting.{configs.did_you_mean(key, known)}"

@@ -21,8 +21,13 @@ from PIL import Image
 from ccl_jax import mesh, report
 from ccl_jax.data.layouts import plain_images
 from ccl_jax.data.records import as_rgb, read_image
-from ccl_jax.scoring import MapSettings, Scorer, load_scorer, read_config
-from ccl_jax.state import Architecture
+from ccl_jax.scoring import (
+    Scorer,
+    architecture_of,
+    load_scorer,
+    map_settings_of,
+    read_config,
+)
 
 Picture = str | Path | np.ndarray | Image.Image
 
@@ -60,7 +65,8 @@ class Detector:
         """
         pictures = as_list(images)
         devices = self._scorer.mesh.size
-        batch_size = max(devices, batch_size // devices * devices)
+        batch_size = min(batch_size, max(len(pictures), 1))
+        batch_size = -(-batch_size // devices) * devices
         scores, maps = [], []
         for first in range(0, len(pictures), batch_size):
             some = pictures[first : first + batch_size]
@@ -120,18 +126,12 @@ def load_detector(workdir: str | Path, *, step: int = -1, devices: int = 1) -> D
 
 def scorer_of(workdir: Path, config: dict[str, Any], *, step: int, devices: int) -> Scorer:
     """The scorer that a resolved config, as plain dicts, describes."""
-    model, settings = config["model"], config["eval"]
-    architecture = Architecture(
-        model["family"], model["encoder"], model["projector"], model["compute_dtype"]
-    )
-    maps = MapSettings(
-        size=config["data"]["image_size"],
-        sigma=settings["smoothing_sigma"],
-        combine=settings["combine"],
-        pool=settings["pool"],
-    )
     return load_scorer(
-        workdir, architecture=architecture, settings=maps, step=step, devices=devices
+        workdir,
+        architecture=architecture_of(config),
+        settings=map_settings_of(config),
+        step=step,
+        devices=devices,
     )
 
 
@@ -144,11 +144,12 @@ def predict_files(detector: Detector, source: Path, output: Path, *, batch_size:
     """
     paths = plain_images(source)
     root = source if source.is_dir() else source.parent
-    (output / "overlays").mkdir(parents=True, exist_ok=True)
+    names = [str(path.relative_to(root)) for path in paths]
+    overlays = [f"overlays/{name}.png" for name in names]
     scores = np.full(len(paths), np.nan)
     errors: dict[int, str] = {}
     with tempfile.TemporaryFile() as scratch:  # the colour scale is known only after the last image
-        maps = np.memmap(scratch, np.float16, shape=(len(paths), detector.size, detector.size))
+        maps = np.memmap(scratch, np.float32, shape=(len(paths), detector.size, detector.size))
         for first in range(0, len(paths), batch_size):
             chunk = range(first, min(first + batch_size, len(paths)))
             readable, images = read_some(paths, chunk, detector.size, errors)
@@ -158,20 +159,21 @@ def predict_files(detector: Detector, source: Path, output: Path, *, batch_size:
         if len(errors) == len(paths):
             raise ValueError(f"none of the {len(paths)} files can be read; first: {errors[0]}")
         highest = float(maps.max())
-        names = [str(path.relative_to(root)) for path in paths]
         for i in sorted(set(range(len(paths))) - errors.keys()):
+            file = output / overlays[i]
+            file.parent.mkdir(parents=True, exist_ok=True)
             picture = report.overlay(
-                read_image(paths[i], detector.size), np.asarray(maps[i], np.float32), 0.0, highest
+                read_image(paths[i], detector.size), np.asarray(maps[i]), 0.0, highest
             )
-            Image.fromarray(picture).save(output / overlay_name(names[i]))
+            Image.fromarray(picture).save(file)
         del maps
     table = output / "scores.csv"
-    with table.open("w", newline="") as file:
-        writer = csv.writer(file)
+    with table.open("w", newline="") as out:
+        writer = csv.writer(out)
         writer.writerow(["image", "score", "overlay", "error"])
         for i, name in enumerate(names):
             done = i not in errors
-            score, overlay = (f"{scores[i]:.6f}", overlay_name(name)) if done else ("", "")
+            score, overlay = (f"{scores[i]:.8g}", overlays[i]) if done else ("", "")
             writer.writerow([name, score, overlay, errors.get(i, "")])
     return table
 
@@ -188,8 +190,3 @@ def read_some(
         except ValueError as error:
             errors[i] = str(error)
     return readable, images
-
-
-def overlay_name(image: str) -> str:
-    """The overlay's path below the output folder, unique per image."""
-    return f"overlays/{image.replace('_', '__').replace('/', '_')}.png"

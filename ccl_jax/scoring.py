@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class Scorer:
         )
 
 
-def read_config(workdir: Path) -> dict:
+def read_config(workdir: Path) -> dict[str, Any]:
     """Returns the resolved config of a workdir as plain nested dicts.
 
     Raises ValueError where the folder is not a workdir.
@@ -87,6 +88,27 @@ def read_config(workdir: Path) -> dict:
             f"{path} does not exist, so {workdir} is not a workdir; name the folder that a "
             f"training was started with (--workdir)."
         ) from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy it again from its source.") from error
+
+
+def architecture_of(config: Mapping[str, Any]) -> Architecture:
+    """The network that a resolved config describes."""
+    model = config["model"]
+    return Architecture(
+        model["family"], model["encoder"], model["projector"], model["compute_dtype"]
+    )
+
+
+def map_settings_of(config: Mapping[str, Any]) -> MapSettings:
+    """How a resolved config turns features into score maps."""
+    settings = config["eval"]
+    return MapSettings(
+        size=config["data"]["image_size"],
+        sigma=settings["smoothing_sigma"],
+        combine=settings["combine"],
+        pool=settings["pool"],
+    )
 
 
 def load_scorer(

@@ -4,8 +4,7 @@ from typing import Any
 
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import pipeline
-from ccl_jax.scoring import MapSettings
-from ccl_jax.state import Architecture, make_optimizer
+from ccl_jax.state import make_optimizer
 from ccl_jax.train import LossSettings, Schedule
 
 
@@ -16,12 +15,6 @@ def total_steps(config: ConfigDict, images: int) -> tuple[int, int]:
     """
     per_epoch = pipeline.steps_per_epoch(images, config.train.batch_size)
     return config.train.steps or config.train.epochs * per_epoch, per_epoch
-
-
-def architecture_of(config: ConfigDict) -> Architecture:
-    """The network that the config describes."""
-    model = config.model
-    return Architecture(model.family, model.encoder, model.projector, model.compute_dtype)
 
 
 def optimizer_of(config: ConfigDict, total: int) -> Any:
@@ -49,16 +42,6 @@ def loss_settings(config: ConfigDict) -> LossSettings:
         global_weight=global_.weight,
         global_temperature=global_.temperature,
         global_form=global_.form,
-    )
-
-
-def map_settings(config: ConfigDict) -> MapSettings:
-    """How the config turns features into score maps."""
-    return MapSettings(
-        size=config.data.image_size,
-        sigma=config.eval.smoothing_sigma,
-        combine=config.eval.combine,
-        pool=config.eval.pool,
     )
 
 

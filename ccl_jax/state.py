@@ -142,14 +142,14 @@ def join(frozen: Frozen, params: dict, batch_stats: dict) -> tuple[dict, dict]:
 
 
 def obtain_encoder(
-    folder: Path, source: str, architecture: Architecture, key: Key[Array, ""]
+    folder: Path, source: str, architecture: Architecture, key: Key[Array, ""], *, fresh: bool
 ) -> tuple[Frozen, dict]:
-    """The frozen encoder of a workdir, written there at the first call and read from there after.
+    """The frozen encoder of a workdir; a `fresh` training writes it there first.
 
-    Returns numpy arrays and the provenance {"source", "sha256", ...}. Raises ValueError where the
-    weights do not fit, or where the file in the workdir no longer has the hash it was written with.
+    Returns numpy arrays and the provenance {"source", "written_sha256", ...}. Raises ValueError
+    where the weights do not fit, or where the file no longer has the hash it was written with.
     """
-    if not (folder / "provenance.json").exists():
+    if fresh:
         create_encoder(folder, source, architecture, key)
     return read_encoder(folder, architecture)
 
@@ -157,7 +157,7 @@ def obtain_encoder(
 def create_encoder(
     folder: Path, source: str, architecture: Architecture, key: Key[Array, ""]
 ) -> None:
-    """Writes encoder.safetensors, then provenance.json: a folder with the latter is complete."""
+    """Writes encoder.safetensors and provenance.json, the file's hash in it."""
     if source == "random":
         params, batch_stats = jax.device_get(jax.jit(architecture.random_encoder)(key))
         provenance = {"source": "random"}
@@ -169,7 +169,9 @@ def create_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     written = pretrained.save_encoder(folder / "encoder.safetensors", params, batch_stats)
     provenance |= {"architecture": architecture.encoder, "written_sha256": written}
-    (folder / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+    partial = folder / "provenance.partial"
+    partial.write_text(json.dumps(provenance, indent=2) + "\n")
+    partial.replace(folder / "provenance.json")
 
 
 def read_encoder(folder: Path, architecture: Architecture) -> tuple[Frozen, dict]:

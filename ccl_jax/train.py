@@ -159,6 +159,14 @@ class Schedule:
     checkpoint_every: int
     evaluate_every: int
 
+    def saves_at(self, step: int) -> bool:
+        """Whether the state after this step is saved."""
+        return step % self.checkpoint_every == 0
+
+    def evaluates_at(self, step: int) -> bool:
+        """Whether the training pauses after this step for an evaluation; the last has its own."""
+        return self.evaluate_every > 0 and step % self.evaluate_every == 0 and step < self.total
+
 
 class StopRequest:
     """Turns SIGINT and SIGTERM into a flag, so that a run can save before it ends.
@@ -207,34 +215,52 @@ def train(
 
     `batches` begins at the batch whose number is `state.step`. Ends early where `stop` has
     received a signal. Raises FloatingPointError, naming step and term, where a loss or a gradient
-    was not finite; the state before that step is saved.
+    was not finite; the state before that step is saved. Whatever else stops it, such as a file
+    that cannot be read, the steps so far are saved too. An evaluation comes after a save.
     """
-    done = int(state.step)
     step = jax.jit(step, donate_argnums=0)
     pending: list[tuple[int, Scalars]] = []
-    while done < schedule.total and stop.signal is None:
-        waiting = time.perf_counter()
-        batch = next(batches)
-        log.waited(time.perf_counter() - waiting)
-        position = jax.device_put(np.int32(done), mesh.replicated(where))
-        state, scalars = step(state, frozen, mesh.put_batch(batch, where), position)
-        done += 1
-        pending.append((done, scalars))
-        if len(pending) > 1:  # one step computes while the next is prepared, and no more
-            jax.block_until_ready(pending[-2][1])
-        log.advance(done)
-        at_checkpoint = done % schedule.checkpoint_every == 0
-        at_evaluation = schedule.evaluate_every > 0 and done % schedule.evaluate_every == 0
-        if done % schedule.log_every == 0 or at_checkpoint or at_evaluation:
-            flush(pending, state, checkpoints, log)
-        if at_checkpoint:
-            checkpoints.save(done, state)
-        if at_evaluation and done < schedule.total:
-            with log.paused():
-                evaluate(done, state)
+    for position in range(int(state.step), schedule.total):
+        if stop.signal is not None:
+            break
+        try:
+            batch = next_batch(batches, where, log)
+            state, scalars = step(state, frozen, batch, put_number(position, where))
+            done = position + 1
+            pending.append((done, scalars))
+            if len(pending) > 1:  # one step computes while the next is prepared, and no more
+                jax.block_until_ready(pending[-2][1])
+            log.advance(done)
+            evaluates = schedule.evaluates_at(done)
+            if evaluates or schedule.saves_at(done) or done % schedule.log_every == 0:
+                flush(pending, state, checkpoints, log)
+            if evaluates or schedule.saves_at(done):
+                checkpoints.save(done, state)
+            if evaluates:
+                with log.paused():
+                    evaluate(done, state)
+        except (ValueError, OSError, KeyboardInterrupt):  # e.g. a file that cannot be read
+            if not state.step.is_deleted():
+                checkpoints.save(int(state.step), state)
+            raise
     flush(pending, state, checkpoints, log)
-    checkpoints.save(done, state)
+    checkpoints.save(int(state.step), state)
     return state
+
+
+def next_batch(
+    batches: Iterator[dict[str, np.ndarray]], where: jax.sharding.Mesh, log: RunLog
+) -> dict[str, Array]:
+    """The next batch on the devices; the log learns how long it took to come."""
+    start = time.perf_counter()
+    batch = next(batches)
+    log.waited(time.perf_counter() - start)
+    return mesh.put_batch(batch, where)
+
+
+def put_number(number: int, where: jax.sharding.Mesh) -> Array:
+    """The number as an int32 scalar on all devices."""
+    return jax.device_put(np.int32(number), mesh.replicated(where))
 
 
 def flush(

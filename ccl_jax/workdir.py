@@ -15,16 +15,16 @@ LOCK = ".run.lock"
 HOLDER = ".run.json"  # beside the lock, because a lock file may be truncated by who tries it
 
 
-def check_writable(workdir: Path) -> None:
-    """Creates the folder if need be, and raises ValueError where nothing can be written to it."""
+def check_writable(workdir: Path, setting: str = "--workdir") -> None:
+    """Creates the folder if need be; ValueError naming the setting where it cannot be written."""
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=workdir):
             pass
     except OSError as error:
         raise ValueError(
-            f"--workdir={workdir} cannot be written ({error.strerror or error}); "
-            f"choose another folder, e.g. --workdir=runs/{workdir.name}, or change its owner or "
+            f"{setting}={workdir} cannot be written ({error.strerror or error}); "
+            f"choose another folder, e.g. {setting}=runs/{workdir.name}, or change its owner or "
             f"permissions."
         ) from error
 

@@ -41,7 +41,7 @@ def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
         config.loss.global_.weight = 0.0
     elif method != "rd_ccl":
         raise ValueError(f'a config file takes ":rd_ccl" or ":rd" after its name, not ":{method}".')
-    return config
+    return config.lock()  # a misspelt key is an error, not a setting that nobody reads
 
 
 def data() -> dict:
@@ -133,7 +133,7 @@ def optimizer() -> dict:
 def train() -> dict:
     """How long, how much at once, and what is kept."""
     return {
-        "batch_size": 16,  # images per step over all devices; a partial last batch is not used
+        "batch_size": 16,  # images per step over all devices; batches run across epochs
         "epochs": 200,  # passes over the training images (second release: 100)
         "steps": 0,  # optimizer steps; 0 derives them from epochs
         "log_every": 10,  # steps between lines in the log

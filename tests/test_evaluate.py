@@ -46,6 +46,7 @@ def test_training_leaves_results_as_designed(trained):
     assert "| **mean**" in (folder / "results.md").read_text()
     assert (folder / "report.html").exists()
     assert (folder / "figures/tiny/bolt.png").stat().st_size > 10_000
+    assert results_of(trained, step=2)["step"] == 2  # config.eval.every_steps
 
 
 def test_metrics_agree_with_the_detectors_own_scores(trained, photos):

@@ -18,7 +18,7 @@ LAYERS = {
     "scoring": 2,  # what evaluate, predict and train share
     **dict.fromkeys(("train", "evaluate", "predict"), 3),
     **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
-    **dict.fromkeys(("main", "config", "settings", "jobs"), 4),
+    **dict.fromkeys(("main", "config", "validation", "settings", "setup", "jobs"), 4),
 }
 DOOR = 4
 

@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, write_photos
 
+from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.main import main
+from ccl_jax.run_log import RunLog
 
 
 def command(job, workdir, **settings):
@@ -31,6 +35,7 @@ def tiny(photos, workdir, **settings):
         "train.log_every": 2,
         "train.checkpoint_every": 2,
         "eval.batch_size": 4,
+        "eval.every_steps": 2,
         "run.devices": 1,
         "run.tensorboard": False,
         "run.progress": False,
@@ -176,6 +181,47 @@ def test_a_bad_training_image_stops_the_run_with_its_name(tmp_path, capsys, cont
     fails(capsys, tiny(photos, tmp_path / "run"), bad, "cannot be read as an image")
 
 
+def test_a_first_start_that_failed_leaves_the_workdir_free_for_other_settings(
+    photos, tmp_path, capsys
+):
+    workdir = tmp_path / "run"
+    words = tiny(photos, workdir, **{"encoder.weights": "missing.safetensors"})
+    fails(capsys, words, "missing.safetensors")
+    assert main(tiny(photos, workdir, **{"train.batch_size": 2, "train.steps": 1})) == 0
+
+
+def test_training_images_that_changed_since_the_start_are_refused(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    photos = write_photos(tmp_path / "photos", train=5)
+    fails(capsys, tiny(photos, workdir), "started with 8 training images", "now holds 10")
+
+
+def test_a_bad_file_met_later_loses_no_step(tmp_path, capsys, monkeypatch):
+    photos = write_photos(tmp_path / "photos")
+    honest = RunLog.advance
+
+    def spoil(self, step):
+        honest(self, step)
+        for path in photos.glob("*/train/good/*.png"):
+            path.write_bytes(b"")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunLog, "advance", spoil)
+        words = tiny(photos, tmp_path / "run", **{"train.steps": 40, "run.threads": 1})
+        words += ["--config.train.checkpoint_every=1000", "--config.eval.every_steps=0"]
+        fails(capsys, words, "cannot be read as an image")
+    with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+        assert checkpoints.latest is not None and checkpoints.latest >= 1
+
+
+def test_a_damaged_config_of_a_workdir_is_named(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    (workdir / "config.json").write_text("{")
+    fails(capsys, command("evaluate", workdir), workdir / "config.json", "damaged", status=2)
+
+
 def test_a_checkpoint_that_does_not_fit_the_model_is_refused(trained, photos, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
@@ -209,7 +255,7 @@ def test_the_readme_demo_command_leaves_what_the_design_promises(tmp_path):
         "train.batch_size": 4,
     }
     words += [f"--config.{key}={value}" for key, value in small.items()]
-    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+    environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}  # as users run it
     ran = subprocess.run(
         [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -226,3 +272,35 @@ def test_the_readme_demo_command_leaves_what_the_design_promises(tmp_path):
     ):
         assert (tmp_path / "run" / name).exists(), name
     assert list((tmp_path / "run/log").glob("events*"))
+    for name in ("results.md", "report.html"):
+        assert "mean" in (tmp_path / "run/evaluation/2" / name).read_text(), name
+    figures = list((tmp_path / "run/evaluation/2/figures").rglob("*.png"))
+    assert len(figures) == len(results["classes"])
+
+
+@pytest.mark.slow
+def test_a_process_that_is_told_to_stop_saves_and_the_next_one_goes_on(photos, tmp_path):
+    words = tiny(photos, tmp_path / "run", **{"train.steps": 100000, "eval.every_steps": 0})
+    start = ["launch/local.sh", *words[3:]]
+    environment = os.environ | {"PYTHON": sys.executable}
+    log = tmp_path / "run/log/metrics.jsonl"
+    saved = []
+    for _ in range(2):
+        lines = len(log.read_text().splitlines()) if log.exists() else 0
+        process = subprocess.Popen(
+            start, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+        )
+        while process.poll() is None and not (
+            log.exists() and len(log.read_text().splitlines()) > lines
+        ):
+            time.sleep(0.2)
+        process.terminate()
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 128 + signal.SIGTERM, out
+        saved.append(int(out.split("SIGTERM: saved step ")[1].split()[0]))
+        with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
+            assert checkpoints.latest == saved[-1]
+    assert f"continuing at step {saved[0]}" in out
+    assert saved[1] > saved[0] > 0
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == sorted(set(steps))

@@ -1,0 +1,185 @@
+"""A training put together from a config, and its workdir settled: what `jobs.train_job` starts."""
+
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from ccl_jax import config as configs
+from ccl_jax import mesh, settings
+from ccl_jax.augment import Recipe
+from ccl_jax.checkpoint import Checkpoints
+from ccl_jax.config import ConfigDict
+from ccl_jax.data import layouts, pipeline
+from ccl_jax.run_log import RunLog
+from ccl_jax.scoring import architecture_of
+from ccl_jax.state import Frozen, TrainState, init_state, obtain_encoder, purpose_key
+from ccl_jax.train import make_train_step
+
+
+class Training(NamedTuple):
+    """All that a training is made of, before its first step."""
+
+    graphdef: Any
+    frozen: Frozen
+    encoder: dict[str, Any]  # provenance
+    init: Callable[[jax.Array], TrainState]
+    key: jax.Array  # of the weights
+    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def devices_of(config: ConfigDict, *batches: str) -> jax.sharding.Mesh:
+    """The mesh of the devices to run on.
+
+    Raises ValueError where they cannot divide one of the batch sizes, settings like
+    "train.batch_size"; and where the run has several processes, which evaluation, locks and
+    results do not support yet.
+    """
+    mesh.initialize_distributed()
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"this run has {jax.process_count()} processes, and only one is supported so far; "
+            f"start one process with all devices of a host, e.g. launch/local.sh."
+        )
+    where = mesh.make_mesh(config.run.devices)
+    sizes = dict(configs.flatten(config))
+    for setting in batches:
+        mesh.check_divisible(sizes[setting], where.size, setting)
+    return where
+
+
+def set_up(
+    config: ConfigDict, workdir: Path, where: jax.sharding.Mesh, total: int, *, fresh: bool
+) -> Training:
+    """Encoder, optimizer and step of a training of `total` steps.
+
+    A `fresh` training, one without a checkpoint, writes the encoder anew; others read it.
+    """
+    root = jax.random.key(config.seed)
+    architecture = architecture_of(config.to_dict())
+    frozen, encoder = obtain_encoder(
+        workdir / "encoder",
+        config.encoder.weights,
+        architecture,
+        purpose_key(root, "encoder", 0),
+        fresh=fresh,
+    )
+    optimizer = settings.optimizer_of(config, total)
+    graphdef, *_ = architecture.abstract()
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        settings.loss_settings(config),
+        Recipe(**config.augment.to_dict()),
+        noise_probability=config.model.noise_probability,
+        root=root,
+    )
+    return Training(
+        graphdef,
+        jax.device_put(frozen, mesh.replicated(where)),
+        encoder,
+        functools.partial(init_state, architecture, optimizer),
+        purpose_key(root, "weights", 0),
+        step,
+    )
+
+
+def run_log(config: ConfigDict, workdir: Path, total: int, done: int) -> RunLog:
+    """The log of a training that begins at step `done`."""
+    return RunLog(
+        workdir / "log",
+        total_steps=total,
+        start_step=done,
+        images_per_step=config.train.batch_size,
+        tensorboard=config.run.tensorboard,
+        progress=config.run.progress,
+    )
+
+
+def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, fresh: bool) -> None:
+    """Writes config.json and data.json, or compares with what is there.
+
+    A `fresh` workdir, one without a checkpoint, takes any settings: nothing would be lost.
+    Raises ValueError where settings or training images differ in what is computed; says what else
+    differs.
+    """
+    config = config.copy_and_resolve_references()
+    config.data.root = os.path.abspath(config.data.root)  # a later job may start elsewhere
+    data = {
+        "classes": split.class_names,
+        "training_images": len(split.train),
+        "sha256": hashlib.sha256("\n".join(r.key for r in split.train).encode()).hexdigest(),
+    }
+    if not fresh:
+        compare_settings(configs.read_json(workdir / "config.json"), config, workdir)
+        compare_data(json.loads((workdir / "data.json").read_text()), data, workdir)
+    write_atomically(workdir / "config.json", configs.to_json(config))
+    write_atomically(workdir / "data.json", json.dumps(data, indent=2) + "\n")
+
+
+def compare_settings(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
+    """Raises ValueError for other settings of what is computed; lists those of how to run."""
+    what, how = configs.differences(old, new)
+    if what:
+        lines = "\n  ".join(what)
+        raise ValueError(
+            f"{workdir} was started with other settings:\n  {lines}\n"
+            f"Use those of {workdir / 'config.json'}, or another folder, e.g. "
+            f"--workdir={workdir}-2."
+        )
+    if how:
+        print("continuing with other settings of how to run: " + "; ".join(how))
+
+
+def compare_data(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None:
+    """Raises ValueError where the training images are no longer those of the first start."""
+    if old == new:
+        return
+    raise ValueError(
+        f"{workdir} was started with {old['training_images']} training images of "
+        f"{len(old['classes'])} classes, and config.data.root now holds {new['training_images']} "
+        f"of {len(new['classes'])}, or others, so that labels and order would change. Put the "
+        f"images back, or train in another folder, e.g. --workdir={workdir}-2."
+    )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file that is there complete or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    os.replace(partial, path)
+
+
+def first_or_saved(
+    training: Training, checkpoints: Checkpoints, where: jax.sharding.Mesh
+) -> TrainState:
+    """The newest saved state, or the one before the first step, on all devices of the mesh."""
+    replicated = mesh.replicated(where)
+    if checkpoints.latest is None:
+        return jax.jit(training.init, out_shardings=replicated)(training.key)
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(training.init, training.key),
+    )
+    return checkpoints.restore(-1, abstract)
+
+
+def train_batches(config: ConfigDict, split: layouts.Split, start: int) -> Any:
+    """The batches from number `start` on."""
+    return pipeline.train_batches(
+        split.train,
+        image_size=config.data.image_size,
+        batch_size=config.train.batch_size,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+        start=start,
+        threads=config.run.threads,
+        workers=config.run.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
