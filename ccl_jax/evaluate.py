@@ -76,7 +76,7 @@ def evaluate(
             "seconds": round(time.perf_counter() - start, 3),
         },
     )
-    labels = np.array([record.label for record in records])
+    labels = np.array([record.label for record in records], int)
     normal = ~np.array([record.anomalous for record in records], bool)
     results["diagnostics"] = {
         "neck_v_measure": metrics.neck_v_measure(found.codes[normal], labels[normal], seed=0)

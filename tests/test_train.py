@@ -195,7 +195,7 @@ def test_stop_and_resume_equals_straight_through_bit_for_bit(tiny_config, tmp_pa
         assert jobs.train_job(tiny_config, tmp_path / "stopped") == 128 + signal.SIGTERM
     with Checkpoints(tmp_path / "stopped" / "checkpoints") as checkpoints:
         assert checkpoints.latest == 3
-    assert not (tmp_path / "stopped" / "evaluation").exists()
+    assert not (tmp_path / "stopped" / "evaluation" / "4").exists()
     assert jobs.train_job(tiny_config, tmp_path / "stopped") == 0
 
     straight = leaves_of(tmp_path / "straight", tiny_config)

@@ -154,6 +154,7 @@ class _Recording(_Inert):
         self.kinds: dict[str, str] = {}
 
     def persistent_load(self, pid: Any) -> _Storage:
+        """As in a zip file, and its kind is noted: the bytes come after the pickles."""
         storage = super().persistent_load(pid)
         self.kinds[storage.key] = storage.kind
         return storage
