@@ -52,11 +52,11 @@ def loss_terms(
     out: networks.NetworkOutput, labels: Array, key: Key[Array, ""], settings: LossSettings
 ) -> Scalars:
     """The unweighted loss terms that have a weight, by name."""
-    terms = {
-        "cosine": losses.cosine_distillation_loss(
+    terms = {}
+    if settings.cosine_weight > 0:
+        terms["cosine"] = losses.cosine_distillation_loss(
             out.targets, out.rebuilt, flat=settings.cosine_flat
         )
-    }
     if settings.local_weight > 0:
         assert out.augmented is not None  # `contrastive` made the second view
         terms["local"] = losses.local_contrastive_loss(
