@@ -20,6 +20,7 @@ from ccl_jax.data.synthetic.products import PRODUCTS, anomalous_picture, normal_
 GENERATOR = 1  # goes up with every change of the pictures, so that old ones are not taken for new
 _MANIFEST = "synthetic.json"
 _GOLDEN_RATIO = 0.5 * (5**0.5 - 1)
+_SUBTLEST = 0.3  # strength of the faintest defects
 
 
 def class_names() -> tuple[str, ...]:
@@ -33,8 +34,11 @@ def defect_names(class_name: str) -> tuple[str, ...]:
 
 
 def strength_of(index: int) -> float:
-    """How gross the i-th picture's defect is, in (0, 1): any few in a row spread over the range."""
-    return 0.3 + 0.7 * ((0.5 + index * _GOLDEN_RATIO) % 1)
+    """How gross the i-th picture's defect is, in [0.3, 1): any few in a row spread over the range.
+
+    Below that a person hardly sees it at 128 pixels.
+    """
+    return _SUBTLEST + (1 - _SUBTLEST) * ((0.5 + index * _GOLDEN_RATIO) % 1)
 
 
 def write_benchmark(
