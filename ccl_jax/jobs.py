@@ -11,7 +11,7 @@ from ccl_jax import baseline, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline, synthetic
-from ccl_jax.data.records import check_records
+from ccl_jax.data.records import check_files, check_records
 from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
 from ccl_jax.provenance import provenance
@@ -84,6 +84,7 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
     """Evaluates a checkpoint of `workdir`."""
     start = time.perf_counter()
     setup.devices_of(config, "eval.batch_size")
+    setup.check_same_model(config, workdir)
     check_writable(workdir, "--workdir")
     split = read_split(config)
     scorer = scorer_of(workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices)
@@ -92,25 +93,28 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def predict_job(config: ConfigDict, workdir: Path) -> int:
-    """Scores `config.predict.input`, and writes a CSV file and overlays."""
+    """Scores `config.predict.input`; returns 1 where some of the files could not be read."""
     if not config.predict.input:
         raise ValueError(
             "--job predict needs an image or a folder of them, e.g. --config.predict.input=photos."
         )
     output = Path(config.predict.output or workdir / "predictions")
     setup.devices_of(config)
+    setup.check_same_model(config, workdir)
     check_writable(output, "--config.predict.output")
     scorer = scorer_of(
         workdir, config.to_dict(), step=config.predict.step, devices=config.run.devices
     )
-    table = predict_files(
+    table, unreadable = predict_files(
         Detector(scorer),
         Path(config.predict.input),
         output,
         batch_size=config.predict.batch_size,
     )
-    print(f"{table}: scores; {table.parent / 'overlays'}: pictures")
-    return 0
+    print(f"{table}: scores; {output / 'overlays'}: pictures, all on one colour scale")
+    if unreadable:
+        print(f"{unreadable} files could not be read; see the column error of {table}.")
+    return 1 if unreadable else 0
 
 
 def prepare_job(config: ConfigDict, workdir: Path) -> int:
@@ -150,6 +154,7 @@ def read_split(config: ConfigDict) -> layouts.Split:
         )
     split = layouts.read_mvtec(root, dataset=config.data.name, classes=config.data.classes)
     check_records(split.train, split.test)
+    check_files([*split.train, *split.test])
     return split
 
 

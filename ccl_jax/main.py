@@ -1,4 +1,4 @@
-"""The door: one command line, one job.
+"""Trains and uses one anomaly detector for many classes: one command line, one job.
 
     python -m ccl_jax.main --config configs/demo.py --workdir runs/demo [--job JOB]
         [--config.section.key=value ...]
@@ -7,8 +7,10 @@ Jobs: train (the default) trains, checkpoints and evaluates, or goes on where it
 scores the test images of a trained workdir; predict scores your images
 (--config.predict.input=FILE_OR_FOLDER); prepare generates or counts the data; baseline prints what
 trivial detectors reach. evaluate and predict need no --config: the workdir knows its own.
+configs/default.py lists every setting with its unit.
 
-Exit status: 0 done, 1 an error, 2 wrong arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
+Exit status: 0 done, 1 an error (for predict also: some files could not be read), 2 wrong
+arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 import os
@@ -116,8 +118,10 @@ def read_config(path: str | None, words: Sequence[str]) -> configs.ConfigDict:
         file, _, method = path.partition(":")
         return configs.read_config_file(file, method or None)
     job, workdir = argument(words, "job") or "train", argument(words, "workdir")
-    if job in NEEDS_CONFIG or workdir is None:
+    if job in NEEDS_CONFIG:
         raise ValueError(f"--job {job} needs a config, e.g. --config configs/demo.py.")
+    if workdir is None:
+        raise ValueError(f"--job {job} needs a trained folder, e.g. --workdir runs/demo.")
     return configs.read_json(Path(workdir) / "config.json")
 
 

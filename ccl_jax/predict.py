@@ -135,11 +135,14 @@ def scorer_of(workdir: Path, config: dict[str, Any], *, step: int, devices: int)
     )
 
 
-def predict_files(detector: Detector, source: Path, output: Path, *, batch_size: int) -> Path:
+def predict_files(
+    detector: Detector, source: Path, output: Path, *, batch_size: int
+) -> tuple[Path, int]:
     """Scores an image file or a folder of them; writes scores.csv and an overlay per image.
 
     Overlays share one colour scale, from 0 to the highest value of all score maps. An unreadable
-    file among others gets a row without a score and with the reason; returns the CSV's path.
+    file among others gets a row without a score and with the reason. Overlays have the size of
+    the score maps. Returns the CSV's path and how many files could not be read.
     Raises ValueError where there is no image, or none that can be read.
     """
     paths = plain_images(source)
@@ -175,7 +178,7 @@ def predict_files(detector: Detector, source: Path, output: Path, *, batch_size:
             done = i not in errors
             score, overlay = (f"{scores[i]:.8g}", overlays[i]) if done else ("", "")
             writer.writerow([name, score, overlay, errors.get(i, "")])
-    return table
+    return table, len(errors)
 
 
 def read_some(

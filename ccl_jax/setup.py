@@ -136,6 +136,17 @@ def compare_settings(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
         print("continuing with other settings of how to run: " + "; ".join(how))
 
 
+def check_same_model(config: ConfigDict, workdir: Path) -> None:
+    """Raises ValueError where a workdir is to be used at another size or as another model."""
+    what, _ = configs.differences(configs.read_json(workdir / "config.json"), config)
+    other = [line for line in what if line.startswith(("model.", "data.image_size"))]
+    if other:
+        raise ValueError(
+            f"{workdir} was trained with other settings: {'; '.join(other)}. Leave these as they "
+            f"are, or train with them in another folder, e.g. --workdir={workdir}-2."
+        )
+
+
 def compare_data(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None:
     """Raises ValueError where the training images are no longer those of the first start."""
     if old == new:

@@ -240,7 +240,7 @@ def train(
                 with log.paused():
                     evaluate(done, state)
         except (ValueError, OSError, KeyboardInterrupt):  # e.g. a file that cannot be read
-            if not state.step.is_deleted():
+            if not state.step.is_deleted() and int(state.step) > 0:
                 checkpoints.save(int(state.step), state)
             raise
     flush(pending, state, checkpoints, log)

@@ -95,6 +95,7 @@ def test_a_setting_of_the_wrong_type_is_named(photos, tmp_path, capsys):
         (["main", "--config", "nowhere.py", "--workdir", "x"], "nowhere.py"),
         (["main", "--config", str(ROOT / "configs/demo.py")], "--workdir"),
         (["main", "--config", str(ROOT / "configs/demo.py"), "train"], "train"),
+        (["main", "--job=evaluate"], "needs a trained folder"),
         (["main", "--job=evaluate", "--workdir=nowhere"], "nowhere/config.json does not exist"),
     ],
 )
@@ -173,12 +174,35 @@ def test_an_unwritable_workdir_is_refused(photos, tmp_path, capsys):
     fails(capsys, tiny(photos, tmp_path / "file/run"), tmp_path / "file/run", "cannot be written")
 
 
-@pytest.mark.parametrize("content", [b"", b"text", None])
-def test_a_bad_training_image_stops_the_run_with_its_name(tmp_path, capsys, content):
+@pytest.mark.parametrize("content", [b"", b"text"])
+@pytest.mark.parametrize("name", ["train/good/001.png", "test/good/001.png"])
+def test_a_file_that_is_no_image_is_named_before_the_training(tmp_path, capsys, name, content):
     photos = write_photos(tmp_path / "photos", train=2)
-    bad = photos / "felt/train/good/001.png"
-    bad.write_bytes(bad.read_bytes()[:200] if content is None else content)
+    bad = photos / "felt" / name
+    bad.write_bytes(content)
     fails(capsys, tiny(photos, tmp_path / "run"), bad, "cannot be read as an image")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mask_of_another_size_is_named_before_the_training(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", train=2)
+    write_photos(tmp_path / "larger", size=(80, 60))
+    bad = "bolt/ground_truth/square/001_mask.png"
+    shutil.copy(tmp_path / "larger" / bad, photos / bad)
+    fails(capsys, tiny(photos, tmp_path / "run"), photos / bad, "80x60", "70x50")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_truncated_training_image_stops_the_run_and_may_be_taken_out(tmp_path, capsys):
+    photos = write_photos(tmp_path / "photos", train=3)
+    bad = photos / "felt/train/good/002.png"
+    whole = bad.read_bytes()
+    bad.write_bytes(whole[: len(whole) // 2])
+    words = tiny(photos, tmp_path / "run", **{"train.batch_size": 6, "train.steps": 1})
+    fails(capsys, words, bad, "cannot be read as an image")
+    bad.unlink()
+    words = tiny(photos, tmp_path / "run", **{"train.steps": 1})
+    assert main(words) == 0
 
 
 def test_a_first_start_that_failed_leaves_the_workdir_free_for_other_settings(
@@ -220,6 +244,24 @@ def test_a_damaged_config_of_a_workdir_is_named(trained, tmp_path, capsys):
     shutil.copytree(trained, workdir)
     (workdir / "config.json").write_text("{")
     fails(capsys, command("evaluate", workdir), workdir / "config.json", "damaged", status=2)
+
+
+@pytest.mark.parametrize("job", ["evaluate", "predict"])
+def test_a_trained_workdir_is_not_used_at_another_size(trained, photos, tmp_path, capsys, job):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    words = command(job, workdir, **{"data.image_size": 96, "predict.input": photos})
+    fails(capsys, words, "data.image_size: 64 -> 96")
+
+
+def test_predict_tells_of_unreadable_files_and_ends_with_status_1(trained, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    photos = write_photos(tmp_path / "photos")
+    (photos / "bolt/test/good/001.png").write_text("")
+    words = command("predict", workdir, **{"predict.input": photos / "bolt/test"})
+    assert main(words) == 1
+    assert "1 files could not be read" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_does_not_fit_the_model_is_refused(trained, photos, tmp_path, capsys):

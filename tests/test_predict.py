@@ -66,7 +66,8 @@ def test_a_folder_gives_scores_and_overlays_and_names_the_bad_file(detector, pho
     folder = tmp_path / "in"
     shutil.copytree(photos / "bolt/test", folder)
     (folder / "notes.png").write_text("not an image")
-    table = predict_files(detector, folder, tmp_path / "out", batch_size=2)
+    table, unreadable = predict_files(detector, folder, tmp_path / "out", batch_size=2)
+    assert unreadable == 1
     rows = {row["image"]: row for row in csv.DictReader(table.read_text().splitlines())}
     assert len(rows) == 5
     assert "notes.png" in rows["notes.png"]["error"] and rows["notes.png"]["score"] == ""

@@ -57,7 +57,7 @@ def test_four_devices_compute_what_one_computes(tiny_config, tmp_path):
     # Adam's first moment is half the clipped gradient; the step itself would turn rounding into
     # signs. Biases of the projector have no gradient but rounding (RECIPES 2.4).
     for state in (one, four):
-        assert len(moments(state)) > 100
+        assert len(moments(state)) > 50
     for (name, a), (_, b) in zip(moments(one).items(), moments(four).items(), strict=True):
         error = np.linalg.norm(a - b) / (np.linalg.norm(a) + 1e-8)
         assert error < 2e-2, (name, error)

@@ -94,11 +94,7 @@ def read_mask(record: Record, size: int | None) -> UInt8[np.ndarray, "h w"]:
     image_name, image_data = _name_and_data(record)
     mask = _decode(record.mask, f"{name} (mask)")
     image_size = _decode(image_data, image_name, only_size=True).size
-    if mask.size != image_size:
-        raise ValueError(
-            f"{name} (mask) is {_times(mask.size)} pixels, but its image {image_name} is "
-            f"{_times(image_size)}; a mask marks the pixels of its image, so save both in one size."
-        )
+    _check_mask_size(name, mask.size, image_name, image_size)
     # A wide integer or a float may be small and still not 0, so these are compared as they are.
     grey = mask if mask.mode[0] in "IF" else _opaque(mask, "L")
     binary = Image.fromarray(np.where(np.asarray(grey) != 0, 255, 0).astype(np.uint8))
@@ -135,6 +131,45 @@ def check_records(train: Sequence[Record], test: Sequence[Record]) -> None:
     key, uses = Counter(record.key for record in [*train, *test]).most_common(1)[0]
     if uses > 1:
         raise ValueError(f"{uses} records have the key {key}; a key must name one record.")
+
+
+def check_files(records: Sequence[Record]) -> None:
+    """Opens every image and mask as far as its size, so that a bad one is found before a long run.
+
+    A picture that is cut off behind its header still passes; reading it names it later.
+
+    Raises:
+        ValueError: A file is no picture, or a mask has not the size of its image; the text names
+            the first and how many there are.
+    """
+    problems = []
+    for record in records:
+        try:
+            _check_headers(record)
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        count = f"{len(problems)} of {len(records)} pictures are bad; the first: "
+        raise ValueError((count if len(problems) > 1 else "") + problems[0])
+
+
+def _check_headers(record: Record) -> None:
+    name, data = _name_and_data(record)
+    size = _decode(data, name, only_size=True).size
+    if record.mask is not None:
+        mask_name = record.key if isinstance(record.mask, bytes) else str(record.mask)
+        mask = _decode(record.mask, f"{mask_name} (mask)", only_size=True)
+        _check_mask_size(mask_name, mask.size, name, size)
+
+
+def _check_mask_size(
+    name: str, size: tuple[int, int], image_name: str, image_size: tuple[int, int]
+) -> None:
+    if size != image_size:
+        raise ValueError(
+            f"{name} (mask) is {_times(size)} pixels, but its image {image_name} is "
+            f"{_times(image_size)}; a mask marks the pixels of its image, so save both in one size."
+        )
 
 
 def class_of(record: Record) -> str:
