@@ -19,7 +19,7 @@ def demo():
 def test_every_config_validates_once_it_has_a_data_folder(path, method):
     config = configs.read_config_file(path, method)
     config.data.root = config.data.root or "photos"
-    validate(config)
+    assert validate(config) is None
 
 
 def test_every_setting_is_read_somewhere_in_the_package():

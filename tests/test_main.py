@@ -43,7 +43,7 @@ def tiny(photos, workdir, **settings):
     return [*command("train", workdir, **settings), "--config", str(ROOT / "configs/folder.py")]
 
 
-def fails(capsys, words, *expected, status=1):
+def assert_fails(capsys, words, *expected, status=1):
     """The one clear message that a command ends with."""
     assert main(words) == status
     message = capsys.readouterr().err
@@ -78,13 +78,13 @@ def test_help_says_what_the_jobs_do(capsys):
 
 def test_an_unknown_setting_gets_a_did_you_mean(photos, tmp_path, capsys):
     words = tiny(photos, tmp_path / "run", **{"train.batchsize": 8})
-    message = fails(capsys, words, "config.train.batchsize", status=2)
+    message = assert_fails(capsys, words, "config.train.batchsize", status=2)
     assert 'Did you mean "config.train.batch_size"?' in message
 
 
 def test_a_setting_of_the_wrong_type_is_named(photos, tmp_path, capsys):
     words = tiny(photos, tmp_path / "run", **{"train.batch_size": "many"})
-    fails(capsys, words, "config.train.batch_size", "many", status=2)
+    assert_fails(capsys, words, "config.train.batch_size", "many", status=2)
 
 
 @pytest.mark.parametrize(
@@ -100,33 +100,35 @@ def test_a_setting_of_the_wrong_type_is_named(photos, tmp_path, capsys):
     ],
 )
 def test_a_command_line_that_makes_no_sense_is_explained(words, expected, capsys):
-    fails(capsys, words, expected, status=2)
+    assert_fails(capsys, words, expected, status=2)
 
 
 def test_illegal_values_are_refused_before_anything_is_written(photos, tmp_path, capsys):
     words = tiny(photos, tmp_path / "run", **{"data.image_size": 65})
-    fails(capsys, words, "config.data.image_size=65")
+    assert_fails(capsys, words, "config.data.image_size=65")
     assert not (tmp_path / "run").exists()
 
 
 def test_a_missing_data_folder_is_named(tmp_path, capsys):
-    fails(capsys, tiny(tmp_path / "no", tmp_path / "run"), tmp_path / "no")
+    assert_fails(capsys, tiny(tmp_path / "no", tmp_path / "run"), tmp_path / "no")
 
 
 def test_a_class_without_training_images_is_named(tmp_path, capsys):
     photos = write_photos(tmp_path / "photos")
     shutil.rmtree(photos / "bolt/train")
-    fails(capsys, tiny(photos, tmp_path / "run"), "bolt")
+    assert_fails(capsys, tiny(photos, tmp_path / "run"), "bolt")
 
 
 def test_a_batch_larger_than_the_training_set_is_refused(tmp_path, capsys):
     photos = write_photos(tmp_path / "photos", train=1)
-    fails(capsys, tiny(photos, tmp_path / "run"), "config.train.batch_size=4", "2 training images")
+    assert_fails(
+        capsys, tiny(photos, tmp_path / "run"), "config.train.batch_size=4", "2 training images"
+    )
 
 
 def test_a_training_set_of_one_image_is_refused_or_trained_with_a_batch_of_one(tmp_path, capsys):
     photos = write_photos(tmp_path / "photos", classes=("bolt",), train=1)
-    fails(capsys, tiny(photos, tmp_path / "run"), "config.train.batch_size=4")
+    assert_fails(capsys, tiny(photos, tmp_path / "run"), "config.train.batch_size=4")
     words = tiny(photos, tmp_path / "run", **{"train.batch_size": 1, "train.steps": 2})
     assert main(words) == 0
 
@@ -134,12 +136,14 @@ def test_a_training_set_of_one_image_is_refused_or_trained_with_a_batch_of_one(t
 @pytest.mark.parametrize("setting", ["train.batch_size", "eval.batch_size"])
 def test_a_batch_that_the_devices_cannot_divide_is_refused(photos, tmp_path, capsys, setting):
     words = tiny(photos, tmp_path / "run", **{"run.devices": 4, setting: 6})
-    message = fails(capsys, words, f"config.{setting}=6", "4 devices")
+    message = assert_fails(capsys, words, f"config.{setting}=6", "4 devices")
     assert f"--config.{setting}=8" in message
 
 
 def test_more_devices_than_there_are_is_refused(photos, tmp_path, capsys):
-    fails(capsys, tiny(photos, tmp_path / "run", **{"run.devices": 9}), "config.run.devices=9")
+    assert_fails(
+        capsys, tiny(photos, tmp_path / "run", **{"run.devices": 9}), "config.run.devices=9"
+    )
 
 
 def test_a_workdir_of_another_config_is_refused_and_left_alone(trained, photos, tmp_path, capsys):
@@ -147,7 +151,7 @@ def test_a_workdir_of_another_config_is_refused_and_left_alone(trained, photos, 
     shutil.copytree(trained, workdir)
     before = (workdir / "config.json").read_text()
     words = tiny(photos, workdir, **{"optimizer.lr": 1e-3})
-    fails(capsys, words, "optimizer.lr: 0.005 -> 0.001", f"--workdir={workdir}-2")
+    assert_fails(capsys, words, "optimizer.lr: 0.005 -> 0.001", f"--workdir={workdir}-2")
     assert (workdir / "config.json").read_text() == before
 
 
@@ -166,12 +170,14 @@ def test_two_runs_in_one_workdir_are_refused(trained, photos, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     with lock_workdir(workdir):
-        fails(capsys, tiny(photos, workdir), "in use by another run", os.getpid())
+        assert_fails(capsys, tiny(photos, workdir), "in use by another run", os.getpid())
 
 
 def test_an_unwritable_workdir_is_refused(photos, tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    fails(capsys, tiny(photos, tmp_path / "file/run"), tmp_path / "file/run", "cannot be written")
+    assert_fails(
+        capsys, tiny(photos, tmp_path / "file/run"), tmp_path / "file/run", "cannot be written"
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"text"])
@@ -180,7 +186,7 @@ def test_a_file_that_is_no_image_is_named_before_the_training(tmp_path, capsys, 
     photos = write_photos(tmp_path / "photos", train=2)
     bad = photos / "felt" / name
     bad.write_bytes(content)
-    fails(capsys, tiny(photos, tmp_path / "run"), bad, "cannot be read as an image")
+    assert_fails(capsys, tiny(photos, tmp_path / "run"), bad, "cannot be read as an image")
     assert not (tmp_path / "run").exists()
 
 
@@ -189,7 +195,7 @@ def test_a_mask_of_another_size_is_named_before_the_training(tmp_path, capsys):
     write_photos(tmp_path / "larger", size=(80, 60))
     bad = "bolt/ground_truth/square/001_mask.png"
     shutil.copy(tmp_path / "larger" / bad, photos / bad)
-    fails(capsys, tiny(photos, tmp_path / "run"), photos / bad, "80x60", "70x50")
+    assert_fails(capsys, tiny(photos, tmp_path / "run"), photos / bad, "80x60", "70x50")
     assert not (tmp_path / "run").exists()
 
 
@@ -199,7 +205,7 @@ def test_a_truncated_training_image_stops_the_run_and_may_be_taken_out(tmp_path,
     whole = bad.read_bytes()
     bad.write_bytes(whole[: len(whole) // 2])
     words = tiny(photos, tmp_path / "run", **{"train.batch_size": 6, "train.steps": 1})
-    fails(capsys, words, bad, "cannot be read as an image")
+    assert_fails(capsys, words, bad, "cannot be read as an image")
     bad.unlink()
     words = tiny(photos, tmp_path / "run", **{"train.steps": 1})
     assert main(words) == 0
@@ -210,7 +216,7 @@ def test_a_first_start_that_failed_leaves_the_workdir_free_for_other_settings(
 ):
     workdir = tmp_path / "run"
     words = tiny(photos, workdir, **{"encoder.weights": "missing.safetensors"})
-    fails(capsys, words, "missing.safetensors")
+    assert_fails(capsys, words, "missing.safetensors")
     assert main(tiny(photos, workdir, **{"train.batch_size": 2, "train.steps": 1})) == 0
 
 
@@ -218,7 +224,7 @@ def test_training_images_that_changed_since_the_start_are_refused(trained, tmp_p
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     photos = write_photos(tmp_path / "photos", train=5)
-    fails(capsys, tiny(photos, workdir), "started with 8 training images", "now holds 10")
+    assert_fails(capsys, tiny(photos, workdir), "started with 8 training images", "now holds 10")
 
 
 def test_a_bad_file_met_later_loses_no_step(tmp_path, capsys, monkeypatch):
@@ -234,7 +240,7 @@ def test_a_bad_file_met_later_loses_no_step(tmp_path, capsys, monkeypatch):
         patch.setattr(RunLog, "advance", spoil)
         words = tiny(photos, tmp_path / "run", **{"train.steps": 40, "run.threads": 1})
         words += ["--config.train.checkpoint_every=1000", "--config.eval.every_steps=0"]
-        fails(capsys, words, "cannot be read as an image")
+        assert_fails(capsys, words, "cannot be read as an image")
     with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
         assert checkpoints.latest is not None and checkpoints.latest >= 1
 
@@ -243,7 +249,7 @@ def test_a_damaged_config_of_a_workdir_is_named(trained, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     (workdir / "config.json").write_text("{")
-    fails(capsys, command("evaluate", workdir), workdir / "config.json", "damaged", status=2)
+    assert_fails(capsys, command("evaluate", workdir), workdir / "config.json", "damaged", status=2)
 
 
 @pytest.mark.parametrize("job", ["evaluate", "predict"])
@@ -251,7 +257,7 @@ def test_a_trained_workdir_is_not_used_at_another_size(trained, photos, tmp_path
     workdir = tmp_path / "run"
     shutil.copytree(trained, workdir)
     words = command(job, workdir, **{"data.image_size": 96, "predict.input": photos})
-    fails(capsys, words, "data.image_size: 64 -> 96")
+    assert_fails(capsys, words, "data.image_size: 64 -> 96")
 
 
 def test_predict_tells_of_unreadable_files_and_ends_with_status_1(trained, tmp_path, capsys):
@@ -269,7 +275,7 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_refused(trained, photos, tm
     shutil.copytree(trained, workdir)
     config = workdir / "config.json"
     config.write_text(config.read_text().replace('"depthwise"', '"plain"'))
-    fails(capsys, command("evaluate", workdir), "does not fit the model", workdir)
+    assert_fails(capsys, command("evaluate", workdir), "does not fit the model", workdir)
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(photos, tmp_path, capsys, monkeypatch):
