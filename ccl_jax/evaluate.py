@@ -168,7 +168,7 @@ def image_labels(batch: dict[str, np.ndarray], masked: set[int], convention: str
     """Which images of a batch count as anomalous.
 
     By the folder that they lie in; or, as the released code does it and only for classes that have
-    masks, by whether anything is left of the mask at the size of the score map (RECIPES 5.2).
+    masks, by whether anything is left of the mask at the size of the score map.
     """
     if convention == "folder":
         return batch["anomalous"]

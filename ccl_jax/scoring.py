@@ -26,7 +26,7 @@ class Scores(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class MapSettings:
-    """How feature pairs become a score map and an image score (RECIPES section 5)."""
+    """How feature pairs become a score map and an image score."""
 
     size: int  # pixels, side of the input image and of the score map
     sigma: float  # pixels, of the Gaussian

@@ -77,7 +77,7 @@ def make_optimizer(
     """One clip over all trained parameters, then Adam with one rate per group.
 
     The groups are the projector, and the rest. Both rates are divided by ten from `decay_step` on,
-    or stay constant where it is None (RECIPES section 1: what the released code does in effect).
+    or stay constant where it is None (what the released code does in effect).
     """
 
     def adam(rate: float) -> optax.GradientTransformation:
