@@ -19,6 +19,7 @@ HOW_TO_RUN = (
     "train.keep_checkpoints",
     "eval",
     "predict",
+    "published",
     "run",
 )
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from ccl_jax import mesh, report
 from ccl_jax.data.records import Record, class_of, read_image, read_mask
+from ccl_jax.metrics import conventions as published
 from ccl_jax.metrics import counts as counting
 from ccl_jax.metrics import scores as metrics
 from ccl_jax.scoring import Scorer
@@ -28,6 +29,7 @@ class Conventions:
     image_label: str  # "folder", or "mask": an image whose resized mask is empty counts as normal
     aupro_fpr_limit: float  # AUPRO is integrated up to this false positive rate
     figures_per_class: int  # images on a class's figure sheet; 0 draws none
+    published_metrics: tuple[str, ...] = ()  # other tables' conventions, beside the exact metrics
 
 
 @dataclasses.dataclass
@@ -76,6 +78,11 @@ def evaluate(
             "seconds": round(time.perf_counter() - start, 3),
         },
     )
+    if conventions.published_metrics:
+        pixels = pixel_histograms(records, class_names, found)
+        results["published_conventions"] = {
+            name: published.summarize(name, pixels) for name in conventions.published_metrics
+        }
     labels = np.array([record.label for record in records], int)
     normal = ~np.array([record.anomalous for record in records], bool)
     results["diagnostics"] = {
@@ -201,6 +208,21 @@ def per_class(
         if why:
             reasons[name] = why
     return classes, reasons
+
+
+def pixel_histograms(
+    records: Sequence[Record], class_names: Sequence[str], found: Collected
+) -> dict[str, metrics.PixelHistogram]:
+    """The counts of each class over scores; a score is only known as closely as its bin."""
+    labels = np.array([record.label for record in records], int)
+    values = counting.bin_values()
+    histograms = counting.class_counts(found.counts, class_names)
+    return {
+        name: metrics.PixelHistogram(
+            values, *histograms[name], regions=int(found.regions[labels == label].sum())
+        )
+        for label, name in enumerate(class_names)
+    }
 
 
 def draw(

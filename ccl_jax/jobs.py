@@ -16,8 +16,9 @@ from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
 from ccl_jax.provenance import provenance
 from ccl_jax.scoring import Scorer, map_settings_of
+from ccl_jax.signals import StopRequest
 from ccl_jax.state import TrainState, join
-from ccl_jax.train import StopRequest, train
+from ccl_jax.train import train
 from ccl_jax.workdir import check_writable, lock_workdir
 
 
@@ -198,6 +199,7 @@ def evaluate_and_print(
                 image_label=config.eval.image_label,
                 aupro_fpr_limit=config.eval.aupro_fpr_limit,
                 figures_per_class=config.eval.figures_per_class,
+                published_metrics=config.eval.published_metrics,
             ),
             folder=folder,
             dataset=dataset,

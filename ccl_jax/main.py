@@ -5,9 +5,10 @@
 
 Jobs: train (the default) trains, checkpoints and evaluates, or goes on where it stopped; evaluate
 scores the test images of a trained workdir; predict scores your images
-(--config.predict.input=FILE_OR_FOLDER); prepare generates or counts the data; baseline prints what
-trivial detectors reach. evaluate and predict need no --config: the workdir knows its own.
-configs/default.py lists every setting with its unit.
+(--config.predict.input=FILE_OR_FOLDER); import makes a workdir of a checkpoint of the authors' code
+(--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data;
+baseline prints what trivial detectors reach. evaluate, predict and export need no --config: the
+workdir knows its own. configs/default.py lists every setting with its unit.
 
 Exit status: 0 done, 1 an error (for predict also: some files could not be read), 2 wrong
 arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
@@ -23,19 +24,23 @@ from absl import flags
 from ml_collections import config_flags
 
 from ccl_jax import config as configs
-from ccl_jax import jobs
+from ccl_jax import exchange, jobs
 from ccl_jax.validation import validate
 
 JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
     "train": jobs.train_job,
     "evaluate": jobs.evaluate_job,
     "predict": jobs.predict_job,
+    "import": exchange.import_job,
+    "export": exchange.export_job,
     "prepare": jobs.prepare_job,
     "baseline": jobs.baseline_job,
 }
-NEEDS_CONFIG = ("train", "prepare")  # the others read DIR/config.json without one
-NEEDS_WORKDIR = ("train", "evaluate", "predict")
+NEEDS_CONFIG = ("train", "prepare")  # import takes the published recipe, others DIR/config.json
+NEEDS_WORKDIR = ("train", "evaluate", "predict", "import", "export")
+NEEDS_NO_DATA = ("predict", "import", "export")
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
+PUBLISHED_RECIPE = Path(PACKAGE).parent / "configs" / "default.py"  # absent without the sources
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {unknown_setting(words) or error}", file=sys.stderr)
         return 2
     try:
-        validate(config)
+        validate(config, needs_data=job not in NEEDS_NO_DATA)
         return JOBS[job](config, workdir)
     except KeyboardInterrupt:
         print(
@@ -118,7 +123,9 @@ def read_config(path: str | None, words: Sequence[str]) -> configs.ConfigDict:
         file, _, method = path.partition(":")
         return configs.read_config_file(file, method or None)
     job, workdir = argument(words, "job") or "train", argument(words, "workdir")
-    if job in NEEDS_CONFIG:
+    if job == "import" and PUBLISHED_RECIPE.exists():
+        return configs.read_config_file(PUBLISHED_RECIPE)
+    if job in (*NEEDS_CONFIG, "import"):
         raise ValueError(f"--job {job} needs a config, e.g. --config configs/demo.py.")
     if workdir is None:
         raise ValueError(f"--job {job} needs a trained folder, e.g. --workdir runs/demo.")

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import matplotlib
@@ -44,6 +44,16 @@ class Panel:
     anomalous: bool
     score: float  # of the image
     caption: str  # kind of defect, file name or whatever tells the image from the others
+
+
+class _Table(NamedTuple):
+    """What the Markdown and the HTML page show alike."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    mean: list[str]
+    notes: list[str]
 
 
 def summarize(
@@ -93,7 +103,8 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
         f"## {part.capitalize()}\n\n" + "\n".join(f"- {k}: `{v}`" for k, v in items.items())
         for part, items in _details(results)
     ]
-    markdown = "\n\n".join([f"# {title}", markdown_table(results), *lists]) + "\n"
+    more = [f"## {table.title}\n\n{_markdown(table)}" for table in _published_tables(results)]
+    markdown = "\n\n".join([f"# {title}", markdown_table(results), *more, *lists]) + "\n"
     _write_atomically(folder / "results.json", text.encode())
     _write_atomically(folder / "results.md", markdown.encode())
     _write_atomically(folder / "report.html", _html(folder, title, results).encode())
@@ -101,10 +112,13 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
 
 def markdown_table(results: Mapping[str, Any]) -> str:
     """A row per class, then the mean, with three decimals; footnotes say why a value is missing."""
-    header, rows, mean, notes = _cells(results)
-    rows = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    rows.append([f"**{cell}**" if cell else "" for cell in mean])
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    return _markdown(_main_table(results))
+
+
+def _markdown(table: _Table) -> str:
+    rows = [[cell.replace("|", "\\|") for cell in row] for row in table.rows]
+    rows.append([f"**{cell}**" if cell else "" for cell in table.mean])
+    widths = [max(map(len, column)) for column in zip(table.header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         first = cells[0].ljust(widths[0])
@@ -112,8 +126,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         return f"| {' | '.join([first, *rest])} |"
 
     rule = [":" + "-" * (widths[0] - 1), *("-" * (w - 1) + ":" for w in widths[1:])]
-    table = "\n".join(map(line, [header, rule, *rows]))
-    return "\n\n".join([table, *notes, _legend(results)])
+    return "\n\n".join(["\n".join(map(line, [table.header, rule, *rows])), *table.notes])
 
 
 def sheet_path(folder: Path, class_name: str) -> Path:
@@ -191,10 +204,8 @@ def _check_class(name: str, values: Mapping[str, Any], reasons: Mapping[str, str
             )
 
 
-def _cells(
-    results: Mapping[str, Any],
-) -> tuple[list[str], list[list[str]], list[str], list[str]]:
-    """Header, class rows, mean row and footnotes, shared by the Markdown and the HTML table."""
+def _main_table(results: Mapping[str, Any]) -> _Table:
+    """The exact metrics; footnotes say why a value is missing."""
     marks: dict[str, str] = {}
 
     def number(value: float | None, note: str) -> str:
@@ -216,15 +227,29 @@ def _cells(
         partial = f"mean over {known} of {len(classes)} classes" if 0 < known < len(classes) else ""
         mean.append(number(results["mean"][metric], partial))
     notes = [f"{mark} {note}" for note, mark in marks.items()]
-    return ["class", "normal", "anomalous", *_HEADINGS], rows, mean, notes
+    notes.append(_LEGEND.format(results["conventions"]["aupro_fpr_limit"]))
+    return _Table("", ["class", "normal", "anomalous", *_HEADINGS], rows, mean, notes)
 
 
-def _legend(results: Mapping[str, Any]) -> str:
-    return _LEGEND.format(results["conventions"]["aupro_fpr_limit"])
+def _published_tables(results: Mapping[str, Any]) -> list[_Table]:
+    """A table for each published convention that was asked for."""
+
+    def cells(name: str, values: Mapping[str, float | None]) -> list[str]:
+        return [name, *("-" if value is None else f"{value:.3f}" for value in values.values())]
+
+    return [
+        _Table(
+            f"Convention {name}",
+            ["class", *found["mean"]],
+            [cells(*row) for row in found["classes"].items()],
+            cells("mean", found["mean"]),
+            [found["description"]],
+        )
+        for name, found in results.get("published_conventions", {}).items()
+    ]
 
 
 def _html(folder: Path, title: str, results: Mapping[str, Any]) -> str:
-    header, rows, mean, notes = _cells(results)
     template = resources.files("ccl_jax").joinpath("report.html.jinja").read_text("utf-8")
     figures = [
         (name, quote(f"figures/{name}.png"))
@@ -234,11 +259,7 @@ def _html(folder: Path, title: str, results: Mapping[str, Any]) -> str:
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return page.from_string(template).render(
         title=title,
-        header=header,
-        rows=rows,
-        mean=mean,
-        notes=notes,
-        legend=_legend(results),
+        tables=[_main_table(results), *_published_tables(results)],
         figures=figures,
         details=_details(results),
     )

@@ -30,7 +30,8 @@ class MapSettings:
 
     size: int  # pixels, side of the input image and of the score map
     sigma: float  # pixels, of the Gaussian
-    combine: str  # "add" or "mul"
+    combine: str  # "add", "mul" or "concatenate"
+    distance: str  # "cosine" or "l2"
     pool: int  # pixels, side of the average pool before the maximum
 
 
@@ -52,6 +53,7 @@ def score_images(
         size=settings.size,
         sigma=settings.sigma,
         combine=settings.combine,
+        distance=settings.distance,
     )
     return Scores(maps, anomaly_map.image_score(maps, pool=settings.pool), out.pooled)
 
@@ -101,12 +103,22 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def map_settings_of(config: Mapping[str, Any]) -> MapSettings:
-    """How a resolved config turns features into score maps."""
+    """How a resolved config turns features into score maps.
+
+    Raises ValueError for the config of a workdir that another version wrote.
+    """
     settings = config["eval"]
+    missing = {"smoothing_sigma", "combine", "distance", "pool"} - settings.keys()
+    if missing:
+        raise ValueError(
+            f"the workdir's config.json has no eval.{', eval.'.join(sorted(missing))}: it comes "
+            f"from another version of ccl_jax. Add what configs/default.py says there."
+        )
     return MapSettings(
         size=config["data"]["image_size"],
         sigma=settings["smoothing_sigma"],
         combine=settings["combine"],
+        distance=settings["distance"],
         pool=settings["pool"],
     )
 

@@ -117,7 +117,9 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
     }
     if not fresh:
         compare_settings(configs.read_json(workdir / "config.json"), config, workdir)
-        compare_data(json.loads((workdir / "data.json").read_text()), data, workdir)
+        # A workdir that was imported has seen no data yet.
+        if (workdir / "data.json").exists() or not (workdir / "published.json").exists():
+            compare_data(json.loads((workdir / "data.json").read_text()), data, workdir)
     write_atomically(workdir / "config.json", configs.to_json(config))
     write_atomically(workdir / "data.json", json.dumps(data, indent=2) + "\n")
 

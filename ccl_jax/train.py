@@ -5,11 +5,8 @@ state, the frozen encoder, the batch and the root key alone; everything else hap
 """
 
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import jax
@@ -23,6 +20,7 @@ from ccl_jax.augment import Recipe, normalize, second_view, to_unit
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.models import network as networks
 from ccl_jax.run_log import RunLog
+from ccl_jax.signals import StopRequest
 from ccl_jax.state import Frozen, TrainState, join, purpose_key, split_parts
 
 Scalars = dict[str, Array]
@@ -49,9 +47,14 @@ class LossSettings:
 
 
 def loss_terms(
-    out: networks.NetworkOutput, labels: Array, key: Key[Array, ""], settings: LossSettings
+    out: networks.NetworkOutput,
+    labels: Array,
+    key: Key[Array, ""],
+    settings: LossSettings,
+    *,
+    negatives: Array | None = None,
 ) -> Scalars:
-    """The unweighted loss terms that have a weight, by name."""
+    """The unweighted loss terms that have a weight, by name; `key` draws missing `negatives`."""
     terms = {}
     if settings.cosine_weight > 0:
         terms["cosine"] = losses.cosine_distillation_loss(
@@ -69,6 +72,7 @@ def loss_terms(
             temperature=settings.local_temperature,
             window=settings.local_window,
             same_class_candidates=settings.local_same_class,
+            negatives=negatives,
         )
     if settings.global_weight > 0:
         terms["global"] = global_term(out, labels, settings)
@@ -87,6 +91,56 @@ def global_term(out: networks.NetworkOutput, labels: Array, settings: LossSettin
     )
 
 
+def make_update(
+    graphdef: Any, optimizer: optax.GradientTransformation, settings: LossSettings
+) -> Callable[..., tuple[TrainState, Scalars]]:
+    """Returns update(state, frozen, clean, augmented, labels, *, key, noise, negatives).
+
+    One optimisation step on normalised views [b, h, w, 3] (`augmented` None without contrastive
+    losses), pure, returning (state, scalars). `key` draws the negatives of the local loss, unless
+    `negatives` (int [scales, b], batch indices) fixes them; `noise` is what `Network` takes. What a
+    recorded step of another implementation is compared with.
+    """
+    weights = {
+        "cosine": settings.cosine_weight,
+        "local": settings.local_weight,
+        "global": settings.global_weight,
+    }
+
+    def update(
+        state: TrainState,
+        frozen: Frozen,
+        clean: Array,
+        augmented: Array | None,
+        labels: Array,
+        *,
+        key: Key[Array, ""],
+        noise: networks.Noise | None = None,
+        negatives: Array | None = None,
+    ) -> tuple[TrainState, Scalars]:
+        def loss_fn(params: PyTree) -> tuple[Array, tuple[Scalars, PyTree]]:
+            network = networks.merge(graphdef, *join(frozen, params, state.batch_stats))
+            out = network(clean, augmented, train=True, noise=noise)
+            terms = loss_terms(out, labels, key, settings, negatives=negatives)
+            total = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
+            statistics = split_parts(networks.statistics(network), tuple(state.batch_stats))
+            return total, (terms, statistics)
+
+        (total, (terms, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            state.params
+        )
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
+        after = TrainState(
+            step=state.step + 1,
+            params=optax.apply_updates(state.params, updates),
+            batch_stats=statistics,
+            opt_state=opt_state,
+        )
+        return after, {"loss": total, **terms, "gradient_norm": optax.tree.norm(gradients)}
+
+    return update
+
+
 def make_train_step(
     graphdef: Any,
     optimizer: optax.GradientTransformation,
@@ -103,43 +157,23 @@ def make_train_step(
     A step whose loss or gradient is not finite changes nothing, nor does any step after it,
     because the state then lags behind the position; the scalars tell the host which step it was.
     """
-    weights = {
-        "cosine": settings.cosine_weight,
-        "local": settings.local_weight,
-        "global": settings.global_weight,
-    }
+    update = make_update(graphdef, optimizer, settings)
 
     def train_step(
         state: TrainState, frozen: Frozen, batch: dict[str, Array], position: Array
     ) -> tuple[TrainState, Scalars]:
         clean, augmented = views(batch["image"], purpose_key(root, "second view", position))
-
-        def loss_fn(params: PyTree) -> tuple[Array, tuple[Scalars, PyTree]]:
-            network = networks.merge(graphdef, *join(frozen, params, state.batch_stats))
-            noise = networks.draw_noise(
-                purpose_key(root, "noise", position), network.map_shapes(clean), noise_probability
-            )
-            out = network(clean, augmented, train=True, noise=noise)
-            key = purpose_key(root, "negatives", position)
-            terms = loss_terms(out, batch["label"], key, settings)
-            total = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
-            statistics = split_parts(networks.statistics(network), tuple(state.batch_stats))
-            return total, (terms, statistics)
-
-        (total, (terms, statistics)), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
+        network = networks.merge(graphdef, *join(frozen, state.params, state.batch_stats))
+        noise = networks.draw_noise(
+            purpose_key(root, "noise", position), network.map_shapes(clean), noise_probability
         )
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        after = TrainState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            batch_stats=statistics,
-            opt_state=opt_state,
+        key = purpose_key(root, "negatives", position)
+        after, scalars = update(
+            state, frozen, clean, augmented, batch["label"], key=key, noise=noise
         )
-        norm = optax.tree.norm(gradients)
-        good = jnp.isfinite(total) & jnp.isfinite(norm) & (state.step == position)
-        state = jax.tree.map(lambda old, new: jnp.where(good, new, old), state, after)
-        return state, {"loss": total, **terms, "gradient_norm": norm}
+        good = jnp.isfinite(scalars["loss"]) & jnp.isfinite(scalars["gradient_norm"])
+        good &= state.step == position
+        return jax.tree.map(lambda old, new: jnp.where(good, new, old), state, after), scalars
 
     def views(images: Array, key: Key[Array, ""]) -> tuple[Array, Array | None]:
         clean = to_unit(images)
@@ -166,36 +200,6 @@ class Schedule:
     def evaluates_at(self, step: int) -> bool:
         """Whether the training pauses after this step for an evaluation; the last has its own."""
         return self.evaluate_every > 0 and step % self.evaluate_every == 0 and step < self.total
-
-
-class StopRequest:
-    """Turns SIGINT and SIGTERM into a flag, so that a run can save before it ends.
-
-    A second signal acts as it would without this. Outside the main thread (some notebooks) Python
-    allows no handlers, and signals act as usual.
-    """
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        self.signal = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        while self._before:
-            number, handler = self._before.popitem()
-            signal.signal(number, handler)
 
 
 def train(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ccl_jax.config import ConfigDict, flatten
+from ccl_jax.metrics.conventions import CONVENTIONS
 
 ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
@@ -67,9 +68,15 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
 
-def validate(config: ConfigDict) -> None:
-    """Raises ValueError naming every illegal value; touches no device and reads no data file."""
+def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
+    """Raises ValueError naming every illegal value; touches no device and reads no data file.
+
+    `needs_data` is False for a job that reads no data set.
+    """
     problems = Problems(config)
+    if needs_data:
+        root = "data.root"
+        problems.check(root, lambda v: isinstance(v, str) and bool(v), "a folder", "/data/photos")
     problems.check("name", lambda v: isinstance(v, str) and bool(v), "a name", "mine")
     problems.check("seed", lambda v: is_integer(v) and 0 <= v < 2**32, "in 0 .. 2**32-1", 42)
     for check in (_data, _model, _loss, _augment, _train, _evaluate_and_predict, _run):
@@ -83,7 +90,6 @@ def validate(config: ConfigDict) -> None:
 
 def _data(p: Problems) -> None:
     p.choice("data.layout", "mvtec", "synthetic")
-    p.check("data.root", lambda v: isinstance(v, str) and bool(v), "a folder", "/path/to/photos")
     p.check(
         "data.name", lambda v: isinstance(v, str) and "/" not in v, 'a name without "/"', "mvtec"
     )
@@ -188,16 +194,26 @@ def _evaluate_and_predict(p: Problems) -> None:
     p.integer("eval.every_steps", 0, 1000)
     p.integer("eval.batch_size", 1, 16)
     p.number("eval.smoothing_sigma", 0.0, 100.0, 4.0)
-    p.choice("eval.combine", "add", "mul")
+    p.choice("eval.combine", "add", "mul", "concatenate")
+    p.choice("eval.distance", "cosine", "l2")
     p.integer("eval.pool", 1, 16)
     p.choice("eval.image_label", "folder", "mask")
     p.number("eval.aupro_fpr_limit", 0.0, 1.0, 0.3, above=True)
+    p.check(
+        "eval.published_metrics",
+        lambda v: isinstance(v, tuple) and all(name in CONVENTIONS for name in v),
+        f"a tuple of names out of {', '.join(CONVENTIONS)}; () takes none",
+        "\"('adeval_50',)\"",
+    )
     p.integer("eval.figures_per_class", 0, 4)
     p.integer("eval.step", -1, -1)
     p.check("predict.input", lambda v: isinstance(v, str), "a file or a folder", "photos/")
     p.check("predict.output", lambda v: isinstance(v, str), "a folder", "predictions/")
     p.integer("predict.batch_size", 1, 8)
     p.integer("predict.step", -1, -1)
+    for key, example in (("checkpoint", "net.pth"), ("output", "net.safetensors")):
+        p.check(f"published.{key}", lambda v: isinstance(v, str), "a file", example)
+    p.integer("published.step", -1, -1)
 
 
 def _run(p: Problems) -> None:

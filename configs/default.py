@@ -31,6 +31,7 @@ def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
             "train": train(),
             "eval": evaluation(),
             "predict": predict(),
+            "published": published(),
             "run": run(),
         }
     )
@@ -148,10 +149,14 @@ def evaluation() -> dict:
         "every_steps": 0,  # evaluate during training; 0: only at the end
         "batch_size": 16,  # images over all devices
         "smoothing_sigma": 4.0,  # pixels of the score map; 0 switches it off
-        "combine": "add",  # of the scales; or "mul"
+        "combine": "add",  # of the scales; or "mul", or "concatenate" (one distance for all scales)
+        "distance": "cosine",  # of target and rebuilt features; or "l2", which has no upper bound
         "pool": 1,  # pixels, side of the average pool before the image score's maximum; 1: none
         "image_label": "folder",  # or "mask": released code, a defect lost in resizing is normal
         "aupro_fpr_limit": 0.3,  # AUPRO is integrated up to this false positive rate
+        # Also pixel metrics as published tables take them: "adeval_50" (second release's table),
+        # "threshold_step" (its other evaluator); for comparison only, beside the exact ones.
+        "published_metrics": (),
         "figures_per_class": 4,  # test images on the figure sheet, half anomalous; 0: no figures
         "step": -1,  # checkpoint to evaluate; -1: the newest
     }
@@ -164,6 +169,15 @@ def predict() -> dict:
         "output": "",  # folder; "" is WORKDIR/predictions
         "batch_size": 8,
         "step": -1,  # checkpoint; -1: the newest
+    }
+
+
+def published() -> dict:
+    """Checkpoints in the naming of the authors' released code."""
+    return {
+        "checkpoint": "",  # .pth or .safetensors file that `--job import` reads
+        "output": "",  # file that `--job export` writes; "" is WORKDIR/published/<step>.safetensors
+        "step": -1,  # checkpoint to export; -1: the newest
     }
 
 

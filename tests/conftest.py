@@ -21,9 +21,16 @@ jax.config.update("jax_num_cpu_devices", 4)
 ROOT = Path(__file__).parent.parent
 
 
+def pytest_addoption(parser):
+    help = "folder of recorded numbers to compare with, instead of tests/golden"
+    parser.addoption("--golden", metavar="FOLDER", help=help)
+
+
 def pytest_configure(config):
     from absl import flags
 
+    if config.getoption("golden"):
+        os.environ["CCL_JAX_GOLDEN"] = config.getoption("golden")
     flags.FLAGS.mark_as_parsed()
     # A training step compiles for 20 seconds; tests that need the same one compile it once.
     cache = getattr(config, "cache", None)  # absent under -p no:cacheprovider

@@ -1,5 +1,7 @@
 """Score maps: by hand, against scipy and numpy, and over four devices."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import scipy.ndimage
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from ccl_jax import anomaly_map
+
+score_map = functools.partial(anomaly_map.score_map, distance="cosine")
 
 
 def random(seed, *shape):
@@ -72,7 +76,7 @@ def test_score_map_equals_the_steps_one_by_one(combine, sigma):
     targets, rebuilt = random_pairs()
     each = [upsampled(distances(t, r), 48) for t, r in zip(targets, rebuilt, strict=True)]
     want = sum(each) / 9 if combine == "add" else np.prod(each, axis=0)
-    got = anomaly_map.score_map(targets, rebuilt, size=48, sigma=sigma, combine=combine)
+    got = score_map(targets, rebuilt, size=48, sigma=sigma, combine=combine)
     assert got.shape == (2, 48, 48)
     np.testing.assert_allclose(got, smoothed(want, sigma), atol=1e-6)
 
@@ -80,17 +84,54 @@ def test_score_map_equals_the_steps_one_by_one(combine, sigma):
 def test_three_scales_that_are_wholly_wrong_score_two_thirds():
     targets, _ = random_pairs()
     opposite = [-t for t in targets]
-    added = anomaly_map.score_map(targets, opposite, size=16, sigma=4.0, combine="add")
+    added = score_map(targets, opposite, size=16, sigma=4.0, combine="add")
     np.testing.assert_allclose(added, 2 / 3, rtol=1e-5)  # 3 * 2 / 9, not / 3
-    product = anomaly_map.score_map(targets, opposite, size=16, sigma=4.0, combine="mul")
+    product = score_map(targets, opposite, size=16, sigma=4.0, combine="mul")
     np.testing.assert_allclose(product, 8, rtol=1e-5)
+
+
+def test_scales_of_other_sizes_are_compared_as_one_vector_of_unit_parts():
+    # Two scales with one position each: target (3, 0 | 0, 5), rebuilt (2, 0 | 4, 0).
+    targets = [jnp.array([3.0, 0]).reshape(1, 1, 1, 2), jnp.array([0, 5.0]).reshape(1, 1, 1, 2)]
+    rebuilt = [jnp.array([2.0, 0]).reshape(1, 1, 1, 2), jnp.array([4.0, 0]).reshape(1, 1, 1, 2)]
+    # As unit vectors they share the first scale and not the second: cosine 1 / 2, difference √2.
+    for distance, want in (("cosine", 0.5), ("l2", 2**0.5)):
+        scores = anomaly_map.score_map(
+            targets, rebuilt, size=4, sigma=1.0, combine="concatenate", distance=distance
+        )
+        np.testing.assert_allclose(scores, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 2.0])
+def test_concatenated_scales_equal_the_steps_one_by_one(sigma):
+    targets, rebuilt = random_pairs()
+
+    def as_one(scales):
+        units = [
+            np.asarray(m, np.float64) / np.linalg.norm(m, axis=-1, keepdims=True) for m in scales
+        ]
+        each = [np.stack([upsampled(m[..., c], 8) for c in range(m.shape[-1])], -1) for m in units]
+        return np.concatenate(each, -1)
+
+    want = smoothed(upsampled(distances(as_one(targets), as_one(rebuilt)), 32), sigma)
+    got = score_map(targets, rebuilt, size=32, sigma=sigma, combine="concatenate")
+    np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_euclidean_distances_count_length_and_are_combined_alike():
+    target = jnp.zeros((1, 2, 2, 2))
+    rebuilt = target.at[..., 0].set(3.0).at[..., 1].set(4.0)
+    pair = ([target, target], [rebuilt, 2 * rebuilt])
+    for combine, want in (("add", (5 + 10) / 4), ("mul", 50)):
+        scores = anomaly_map.score_map(*pair, size=4, sigma=1.0, combine=combine, distance="l2")
+        np.testing.assert_allclose(scores, want, rtol=1e-5)
 
 
 def test_a_perfect_copy_scores_nothing_and_one_bad_position_peaks_there():
     target = random(0, 1, 8, 8, 16)
     bad = target.at[0, 2, 5].multiply(-1)
     for copy, peak in ((target, 0.0), (bad, 2.0)):
-        scores = anomaly_map.score_map([target], [copy], size=8, sigma=0.0, combine="add")
+        scores = score_map([target], [copy], size=8, sigma=0.0, combine="add")
         np.testing.assert_allclose(scores.max(), peak, atol=1e-5)
     assert divmod(int(scores.argmax()), 8) == (2, 5)
 
@@ -98,11 +139,13 @@ def test_a_perfect_copy_scores_nothing_and_one_bad_position_peaks_there():
 def test_score_map_refuses_what_it_does_not_know():
     targets, rebuilt = random_pairs()
     with pytest.raises(ValueError, match=r'config.eval.combine="max" .*--config.eval.combine=add'):
-        anomaly_map.score_map(targets, rebuilt, size=8, sigma=0.0, combine="max")
+        score_map(targets, rebuilt, size=8, sigma=0.0, combine="max")
+    with pytest.raises(ValueError, match=r'eval.distance="l1" .*--config.eval.distance=cosine'):
+        score_map(targets, rebuilt, size=8, sigma=0.0, combine="add", distance="l1")
     with pytest.raises(ValueError, match=r"smoothing_sigma=-1.0 .*--config.eval.smoothing_sigma="):
-        anomaly_map.score_map(targets, rebuilt, size=8, sigma=-1.0, combine="add")
+        score_map(targets, rebuilt, size=8, sigma=-1.0, combine="add")
     with pytest.raises(ValueError, match="zip"):
-        anomaly_map.score_map(targets, rebuilt[:2], size=8, sigma=0.0, combine="add")
+        score_map(targets, rebuilt[:2], size=8, sigma=0.0, combine="add")
 
 
 def test_image_score_by_hand():
@@ -121,10 +164,10 @@ def test_a_pool_that_does_not_fit_is_refused_with_a_fix(pool):
 def test_bfloat16_maps_are_scored_in_float32_and_float64_in_float64():
     targets, rebuilt = random_pairs()
     low = [[m.astype(jnp.bfloat16) for m in maps] for maps in (targets, rebuilt)]
-    assert anomaly_map.score_map(*low, size=8, sigma=1.0, combine="mul").dtype == jnp.float32
+    assert score_map(*low, size=8, sigma=1.0, combine="mul").dtype == jnp.float32
     with jax.enable_x64(True):
         high = [[jnp.asarray(m, jnp.float64) for m in maps] for maps in (targets, rebuilt)]
-        scores = anomaly_map.score_map(*high, size=24, sigma=1.0, combine="add")
+        scores = score_map(*high, size=24, sigma=1.0, combine="add")
         assert scores.dtype == jnp.float64
         each = [upsampled(distances(t, r), 24) for t, r in zip(*high, strict=True)]
         np.testing.assert_allclose(scores, smoothed(sum(each) / 9, 1), rtol=1e-12)
@@ -132,7 +175,7 @@ def test_bfloat16_maps_are_scored_in_float32_and_float64_in_float64():
 
 def test_four_devices_give_the_scores_of_one():
     def scores(targets, rebuilt):
-        maps = anomaly_map.score_map(targets, rebuilt, size=16, sigma=2.0, combine="add")
+        maps = score_map(targets, rebuilt, size=16, sigma=2.0, combine="add")
         return maps, anomaly_map.image_score(maps, pool=4)
 
     pairs = random_pairs(8)

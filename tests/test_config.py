@@ -112,6 +112,8 @@ BAD = {
     "eval.batch_size": 0,
     "eval.smoothing_sigma": -1.0,
     "eval.combine": "max",
+    "eval.distance": "l1",
+    "eval.published_metrics": ("adeval",),
     "eval.pool": 0,
     "eval.image_label": "name",
     "eval.aupro_fpr_limit": 0.0,

@@ -48,8 +48,20 @@ def test_bins_never_decrease_and_stay_in_range():
     assert bins[0] == 0 and bins[-1] == counting.BINS - 1
 
 
+def test_the_value_of_a_bin_lies_in_it_and_close_to_every_score_of_it():
+    values = counting.bin_values()
+    assert values.shape == (counting.BINS,) and (np.diff(values) > 0).all()
+    bins = np.asarray(counting.score_bins(jnp.asarray(values, jnp.float32)))
+    assert (bins == np.arange(counting.BINS)).all()
+    scores = (10.0 ** np.linspace(-12, 3, 20001)).astype(np.float32)
+    off = values[np.asarray(counting.score_bins(jnp.asarray(scores)))] / scores - 1
+    fine = (scores > 2**-10) & (scores < 4)
+    assert np.abs(off[fine]).max() <= 0.5 / 8192
+    assert 0.25 / 1024 < np.abs(off[~fine]).max() <= 0.5 / 1024
+
+
 @pytest.mark.parametrize(
-    ("score", "share"), [(0.9, 8192), (0.001, 8192), (1e-5, 1024), (1e-12, 1024)]
+    ("score", "share"), [(0.9, 8192), (0.001, 8192), (1e-5, 1024), (1e-12, 1024), (500, 1024)]
 )
 def test_scores_further_apart_than_the_resolution_get_different_bins(score, share):
     pair = jnp.asarray([score, score * (1 + 1.01 / share)], jnp.float32)

@@ -10,7 +10,9 @@ from sklearn.metrics import roc_auc_score
 from ccl_jax import evaluate as evaluation
 from ccl_jax import jobs
 from ccl_jax.data.layouts import read_mvtec
-from ccl_jax.metrics.scores import IMAGE_METRICS, METRICS, PIXEL_METRICS
+from ccl_jax.data.records import read_mask
+from ccl_jax.metrics import conventions
+from ccl_jax.metrics.scores import IMAGE_METRICS, METRICS, PIXEL_METRICS, pixel_histogram
 from ccl_jax.predict import load_detector
 
 
@@ -67,6 +69,30 @@ def test_evaluating_again_gives_the_same_numbers(trained, photos, tmp_path, devi
     for name, row in results_of(trained)["classes"].items():
         for metric, value in row.items():
             assert again["classes"][name][metric] == pytest.approx(value, abs=1e-3), metric
+
+
+def test_published_conventions_are_reported_beside_the_exact_metrics(trained, photos, tmp_path):
+    names = ("adeval_50", "threshold_step")
+    results = evaluate_on(photos, trained, tmp_path, **{"eval.published_metrics": names})
+    assert "published_conventions" not in results_of(trained)
+    assert results["mean"] == pytest.approx(results_of(trained)["mean"], abs=1e-6)
+    assert list(results["published_conventions"]) == list(names)
+    split = read_mvtec(photos, dataset="tiny")
+    detector = load_detector(trained)
+    for label, class_name in enumerate(split.class_names):
+        mine = [record for record in split.test if record.label == label]
+        maps = detector.predict([record.image for record in mine]).maps
+        masks = np.stack([read_mask(record, detector.size) for record in mine])
+        pixels = pixel_histogram(maps, masks)
+        for name in names:
+            found = results["published_conventions"][name]
+            assert "streaming counts" in found["description"]
+            # A bin is an eight-thousandth of a score; these maps spread little.
+            expected = conventions.pixel_metrics(name, pixels)
+            assert found["classes"][f"tiny/{class_name}"] == pytest.approx(expected, abs=0.01)
+    for metric, value in results["published_conventions"]["adeval_50"]["mean"].items():
+        rows = results["published_conventions"]["adeval_50"]["classes"].values()
+        assert value == pytest.approx(np.mean([row[metric] for row in rows]))
 
 
 def test_classes_without_masks_have_null_pixel_metrics_with_the_reason(trained, tmp_path):

@@ -13,12 +13,12 @@ LAYERS = {
     **dict.fromkeys(("losses", "augment", "anomaly_map"), 0),
     **dict.fromkeys(("data", "metrics", "models"), 0),  # each may import itself
     **dict.fromkeys(("state", "mesh", "checkpoint", "run_log", "workdir", "report"), 1),
-    "provenance": 1,
+    **dict.fromkeys(("provenance", "signals"), 1),
     "pseudo_labels": 1,
     "scoring": 2,  # what evaluate, predict and train share
     **dict.fromkeys(("train", "evaluate", "predict"), 3),
     **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
-    **dict.fromkeys(("main", "config", "validation", "settings", "setup", "jobs"), 4),
+    **dict.fromkeys(("main", "config", "validation", "settings", "setup", "jobs", "exchange"), 4),
 }
 DOOR = 4
 

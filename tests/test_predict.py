@@ -1,4 +1,5 @@
 import csv
+import json
 import shutil
 
 import numpy as np
@@ -97,6 +98,16 @@ def test_names_that_could_collide_get_overlays_of_their_own(detector, photos, tm
 def test_a_folder_that_is_no_workdir_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"config\.json does not exist"):
         load_detector(tmp_path)
+
+
+def test_the_config_of_another_version_is_named(trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    config = json.loads(path.read_text())
+    del config["eval"]["distance"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"has no eval\.distance: it comes from another version"):
+        load_detector(tmp_path / "run")
 
 
 def test_an_encoder_that_was_changed_is_refused(trained, tmp_path):

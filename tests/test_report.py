@@ -185,6 +185,31 @@ def test_page_and_markdown_show_diagnostics_where_there_are_any(tmp_path):
     assert "neck_v_measure" in (tmp_path / "report.html").read_text()
 
 
+def test_page_and_markdown_show_the_tables_of_published_conventions(tmp_path):
+    convention = {
+        "description": "fifty strips, from counts",
+        "mean": {"pixel_ap": 0.625, "pixel_aupro": None},
+        "classes": {
+            "set/w|ood": {"pixel_ap": 0.75, "pixel_aupro": None},
+            "set/<b>nut": {"pixel_ap": 0.5, "pixel_aupro": None},
+        },
+    }
+    results = summary() | {"published_conventions": {"adeval_50": convention}}
+    report.write_results(tmp_path, results)
+    text = (tmp_path / "results.md").read_text()
+    exact, published = text.split("## Convention adeval_50")
+    assert "**0.850**" in exact and exact.count("**mean**") == published.count("**mean**") == 1
+    lines = [line.split() for line in published.strip().splitlines()]
+    assert lines[0] == ["|", "class", "|", "pixel_ap", "|", "pixel_aupro", "|"]
+    assert lines[2] == ["|", "set/w\\|ood", "|", "0.750", "|", "-", "|"]
+    assert lines[4] == ["|", "**mean**", "|", "**0.625**", "|", "**-**", "|"]
+    assert "fifty strips, from counts" in published
+    page = Page((tmp_path / "report.html").read_text())
+    words = " ".join(page.words)
+    assert page.tags.count("table") == 2 and "Convention adeval_50" in words
+    assert "0.625" in words and "fifty strips" in words and "b" not in page.tags
+
+
 @pytest.mark.parametrize("name", ["../wood", "a/../../wood", "/etc/wood"])
 def test_sheets_stay_in_the_figures_folder(tmp_path, name):
     with pytest.raises(ValueError, match="outside of"):

@@ -97,6 +97,27 @@ def test_large_regions_weigh_as_much_as_small_ones():
     assert measures.aupro(maps, masks, fpr_limit=0.3) == pytest.approx((0.5 + 0.65) / 2)
 
 
+def test_a_region_at_the_border_and_one_that_holds_on_by_a_corner_count_once_each():
+    masks = np.zeros((1, 4, 5), np.uint8)
+    masks[0, 0, 3:5] = masks[0, 1, 3] = 1
+    masks[0, 2, 4] = 1  # touches the three above only at a corner
+    masks[0, 3, 0] = 1  # one pixel, in the corner of the picture
+    maps = np.where(masks > 0, 0.5, 0.0)
+    maps[0, 3, 0] = 0.9
+    maps[0, 2, 4] = 0.0  # the last quarter of the first region is missed
+    # Found without a false positive: 1 and 3/4. From there a line to (1, 1): 0.875 + 0.125 * x.
+    assert measures.aupro(maps, masks, fpr_limit=0.3) == pytest.approx(0.875 + 0.125 * 0.15)
+
+
+@pytest.mark.parametrize("filled", [0, 1])
+def test_maps_without_anomalous_or_without_normal_pixels_have_no_metrics(filled):
+    maps, masks = smooth(seed=1)
+    pixels = measures.pixel_histogram(maps, np.full_like(masks, filled))
+    assert pixels.regions == filled * len(maps)
+    found = measures.pixel_metrics(*pixels[1:], 0.3)
+    assert found == dict.fromkeys(measures.PIXEL_METRICS)
+
+
 def test_thresholds_above_each_other_at_the_limit_add_no_area():
     # One of four normal pixels lies on top: false positives 0.25 while the region is found.
     maps = np.array([[[9.0, 8.0, 7.0, 1.0, 1.0, 1.0]]])

@@ -10,8 +10,8 @@ import pytest
 from ccl_jax import jobs, losses, mesh, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.run_log import RunLog
+from ccl_jax.signals import StopRequest
 from ccl_jax.state import purpose_key
-from ccl_jax.train import StopRequest
 
 ROOT_KEY = jax.random.key(0)
 

@@ -1,8 +1,8 @@
 """Histograms of pixel scores per class, which add up over batches, devices and hosts.
 
 A non-negative float32 compares like its bits, so the leading bits of a score are its bin: 8192 bins
-per octave between 2**-10 and 4, 1024 per octave from there down to 2**-42. Scores that differ by
-less than one part in 8192 (below 2**-10: in 1024) may share a bin and then count as tied. On
+per octave between 2**-10 and 4, 1024 per octave from there down to 2**-42 and up to 1024. Scores
+that differ by less than one part in 8192 (elsewhere: in 1024) may share a bin and count as tied. On
 smoothed maps whose scores spread by 5 % or more this changes AUROC and AUPRO by less than 1e-5, AP
 and F1-max by about 1e-4. Everything is counted in whole numbers, so that the result does not depend
 on how the images were batched or over how many devices they were spread.
@@ -14,14 +14,18 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Float32, Int, UInt8
-
-BINS = 2**17
+from jaxtyping import Array, Bool, Float, Float32, Float64, Int, UInt8
 
 _FINE_BITS, _COARSE_BITS = 13, 10  # bins per octave, as powers of two
+_LOW_BINS = 32 << _COARSE_BITS  # 2**-42 to 2**-10: products of cosine distances go there
 _FINE_BINS = 12 << _FINE_BITS  # 2**-10 to 2**2
-_COARSE_BINS = BINS - _FINE_BINS  # 2**-42 to 2**-10
+_HIGH_BINS = 8 << _COARSE_BITS  # 2**2 to 2**10: Euclidean distances go there
+BINS = _LOW_BINS + _FINE_BINS + _HIGH_BINS
+
 _MANTISSA_BITS, _EXPONENT_BIAS = 23, 127  # of float32
+_FINE_FROM = (_EXPONENT_BIAS - 10) << _FINE_BITS  # leading bits of 2**-10
+_COARSE_FROM = (_EXPONENT_BIAS - 42) << _COARSE_BITS  # leading bits of 2**-42
+_COARSE_SKIPPED = 12 << _COARSE_BITS  # coarse bins whose place the fine ones take
 _SLACK = 1e-4  # rounding makes a cosine distance of zero slightly negative; that is no error
 
 _HIGH_BITS, _WEIGHT_BITS = 15, 35  # a region weight is kept in units of 2**-35, in two words
@@ -50,7 +54,7 @@ class ClassCounts(NamedTuple):
 
 
 def empty_counts(classes: int) -> ScoreCounts:
-    """Counts of no image at all: 2 MiB per class."""
+    """Counts of no image at all: a little over 2 MiB per class."""
     return ScoreCounts(
         normal=jnp.zeros((classes, BINS), jnp.int32),
         anomalous=jnp.zeros((classes, BINS), jnp.int32),
@@ -62,10 +66,25 @@ def empty_counts(classes: int) -> ScoreCounts:
 def score_bins(scores: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     """Bin of each score, in 0 .. BINS - 1; never decreases as the score grows."""
     bits = jax.lax.bitcast_convert_type(jnp.maximum(scores.astype(jnp.float32), 0.0), jnp.int32)
-    fine = (bits >> (_MANTISSA_BITS - _FINE_BITS)) - ((_EXPONENT_BIAS - 10) << _FINE_BITS)
-    coarse = (bits >> (_MANTISSA_BITS - _COARSE_BITS)) - ((_EXPONENT_BIAS - 42) << _COARSE_BITS)
-    bins = jnp.where(fine >= 0, fine + _COARSE_BINS, coarse)
+    fine = (bits >> (_MANTISSA_BITS - _FINE_BITS)) - _FINE_FROM
+    coarse = (bits >> (_MANTISSA_BITS - _COARSE_BITS)) - _COARSE_FROM
+    above = coarse - _COARSE_SKIPPED + _FINE_BINS
+    bins = jnp.where(fine < 0, coarse, jnp.where(fine < _FINE_BINS, _LOW_BINS + fine, above))
     return jnp.clip(bins, 0, BINS - 1)
+
+
+def bin_values() -> Float64[np.ndarray, "bins"]:
+    """The middle of each bin, ascending: what every score in it is taken for.
+
+    The first bin also holds all smaller scores and zero, the last also all greater ones.
+    """
+    low = np.arange(_LOW_BINS) + _COARSE_FROM
+    fine = np.arange(_FINE_BINS) + _FINE_FROM
+    high = np.arange(_HIGH_BINS) + _LOW_BINS + _COARSE_SKIPPED + _COARSE_FROM
+    coarse_shift, fine_shift = _MANTISSA_BITS - _COARSE_BITS, _MANTISSA_BITS - _FINE_BITS
+    starts = np.concatenate([low << coarse_shift, fine << fine_shift, high << coarse_shift])
+    edges = np.append(starts, (_EXPONENT_BIAS + 10) << _MANTISSA_BITS).astype(np.int32)
+    return (edges[1:].view(np.float32) + edges[:-1].view(np.float32).astype(np.float64)) / 2
 
 
 def add_scores(

@@ -7,6 +7,7 @@ AUPRO and pixel F1 use every threshold instead of a hundred or twenty.
 """
 
 import warnings
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Num
@@ -20,6 +21,16 @@ PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro")
 METRICS = IMAGE_METRICS + PIXEL_METRICS
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), int)
+
+
+class PixelHistogram(NamedTuple):
+    """How many pixels of one class have each score; arrays are [bins], over ascending values."""
+
+    values: np.ndarray  # distinct scores
+    normal: np.ndarray  # pixels
+    anomalous: np.ndarray  # pixels
+    region: np.ndarray  # of the anomalous pixels: the sum of one over the size of their region
+    regions: int  # 8-connected regions of the masks
 
 
 def auroc(
@@ -66,13 +77,22 @@ def aupro(
     Regions are the 8-connected components of the masks and weigh the same whatever their size; the
     curve is linear between thresholds and cut exactly at the limit.
     """
+    pixels = pixel_histogram(maps, masks)
+    return aupro_from_counts(pixels.normal, pixels.region, pixels.regions, fpr_limit=fpr_limit)
+
+
+def pixel_histogram(
+    maps: Float[np.ndarray, "b h w"], masks: Num[np.ndarray, "b h w"]
+) -> PixelHistogram:
+    """Score maps and masks of one class as a histogram with a bin per distinct score."""
     _raise_if_nan(maps)
     weights, regions = zip(*(_region_weights(mask) for mask in masks), strict=True)
-    distinct, which = np.unique(maps, return_inverse=True)
-    which = which.ravel()
-    normal = np.bincount(which, (masks == 0).ravel(), len(distinct))
-    region = np.bincount(which, np.stack(weights).ravel(), len(distinct))
-    return aupro_from_counts(normal, region, sum(regions), fpr_limit=fpr_limit)
+    values, which = np.unique(maps, return_inverse=True)
+    normal, anomalous, region = (
+        np.bincount(which.ravel(), amounts.ravel(), len(values))
+        for amounts in (masks == 0, masks != 0, np.stack(weights))
+    )
+    return PixelHistogram(values.astype(np.float64), normal, anomalous, region, sum(regions))
 
 
 def region_weights(mask: Num[np.ndarray, "h w"]) -> tuple[Float32[np.ndarray, "h w"], int]:
@@ -127,15 +147,27 @@ def aupro_from_counts(
     normal, region = normal[occupied].astype(np.float64), region[occupied].astype(np.float64)
     false_positives = np.concatenate([[0.0], np.cumsum(normal) / normal.sum()])
     overlap = np.concatenate([[0.0], np.cumsum(region) / region.sum()])
-    # Thresholds at the same false-positive rate stand above each other; cutting by hand keeps them
-    # in order, which np.interp at the limit would not.
-    inside = int(np.searchsorted(false_positives, fpr_limit, side="right"))
-    x, y = false_positives[:inside], overlap[:inside]
-    if x[-1] < fpr_limit:
-        share = (fpr_limit - x[-1]) / (false_positives[inside] - x[-1])
-        x = np.append(x, fpr_limit)
-        y = np.append(y, y[-1] + share * (overlap[inside] - y[-1]))
-    return float((np.diff(x) * (y[1:] + y[:-1])).sum() / 2 / fpr_limit)
+    return mean_up_to(fpr_limit, false_positives, overlap)
+
+
+def mean_up_to(
+    limit: float, x: Float[np.ndarray, "points"], y: Float[np.ndarray, "points"]
+) -> float:
+    """Area under the lines through points of ascending x from x[0] to the limit, over the limit.
+
+    x[0] must not lie beyond the limit, nor the limit beyond the last x.
+    """
+    # Points with the same x stand above each other; cutting by hand keeps them in order, which
+    # np.interp at the limit would not.
+    inside = int(np.searchsorted(x, limit, side="right"))
+    low, high = x[:inside], y[:inside]
+    if low[-1] < limit:
+        share = (limit - low[-1]) / (x[inside] - low[-1])
+        low, high = (
+            np.append(low, limit),
+            np.append(high, high[-1] + share * (y[inside] - high[-1])),
+        )
+    return float((np.diff(low) * (high[1:] + high[:-1])).sum() / 2 / limit)
 
 
 def image_metrics(

@@ -28,7 +28,14 @@ DTYPES: dict[str, Any] = {
     "BoolStorage": np.bool_,
 }
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C  # first pickle of a file before PyTorch 1.6
-WRAPPERS = ("state_dict", "model")  # keys under which training scripts put the tensors
+WRAPPERS = ("state_dict", "model", "net")  # keys under which training scripts put the tensors
+# What numbers and bytes that lie beside the tensors are made with; they become placeholders.
+HARMLESS = {
+    ("numpy", "dtype"),
+    ("numpy.core.multiarray", "scalar"),
+    ("numpy._core.multiarray", "scalar"),
+    ("_codecs", "encode"),
+}
 
 
 class _Storage(NamedTuple):
@@ -44,6 +51,16 @@ class _Tensor(NamedTuple):
     strides: tuple[int, ...]
 
 
+class _Placeholder:
+    """Stands for a value of no interest, such as a metric in a training script's record."""
+
+    def __init__(self, *_: Any):
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
 class _Inert(pickle.Unpickler):
     """Builds containers, numbers, strings and tensor descriptions; refuses everything else."""
 
@@ -57,6 +74,8 @@ class _Inert(pickle.Unpickler):
             return self._parameter
         if module in ("torch", "torch.cuda") and name in DTYPES:
             return name
+        if (module, name) in HARMLESS:
+            return _Placeholder
         raise pickle.UnpicklingError(f"it refers to {module}.{name}")
 
     def persistent_load(self, pid: Any) -> _Storage:

@@ -1,0 +1,159 @@
+"""Checkpoints of the authors' released PyTorch code become workdirs, and workdirs such files."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ccl_jax import config as configs
+from ccl_jax import mesh, settings, setup
+from ccl_jax.checkpoint import Checkpoints
+from ccl_jax.config import ConfigDict
+from ccl_jax.models import pretrained, published
+from ccl_jax.models.trees import flatten, save_tree
+from ccl_jax.scoring import architecture_of, load_scorer, map_settings_of
+from ccl_jax.state import (
+    TRAINED,
+    Architecture,
+    Frozen,
+    TrainState,
+    obtain_encoder,
+    purpose_key,
+    split_parts,
+)
+from ccl_jax.workdir import check_writable, lock_workdir
+
+
+class Released(NamedTuple):
+    """The content of a released checkpoint, in our trees."""
+
+    params: dict  # of the trained parts
+    batch_stats: dict
+    encoder: Frozen | None  # most files hold it too
+    provenance: dict[str, Any]
+
+
+def read_released(file: Path, architecture: Architecture) -> Released:
+    """A released checkpoint for the network `architecture`, every tensor accounted for.
+
+    Raises ValueError where the file cannot be read, or naming each tensor that does not fit.
+    """
+    if not file.is_file():
+        raise ValueError(
+            f"config.published.checkpoint={str(file)!r} is not a file; name the checkpoint to "
+            f"import, e.g. --config.published.checkpoint=net.pth."
+        )
+    tensors = pretrained.read_tensors(file, "config.published.checkpoint")
+    has_encoder = any(name.startswith(pretrained.RELEASED) for name in tensors)
+    parts = (*TRAINED, "encoder") if has_encoder else TRAINED
+    _, *wanted = architecture.abstract()
+    params, batch_stats = published.from_published(
+        tensors, *(split_parts(tree, parts) for tree in wanted), source=str(file)
+    )
+    encoder = None
+    if has_encoder:
+        encoder = Frozen(params["encoder"], batch_stats["encoder"])
+    return Released(
+        split_parts(params, TRAINED),
+        split_parts(batch_stats, TRAINED),
+        encoder,
+        {
+            "file": str(file.absolute()),
+            "sha256": pretrained.sha256_of(file),
+            "tensors": len(tensors),
+        },
+    )
+
+
+def check_same_encoder(named: Frozen, inside: Frozen | None, source: str, file: str) -> None:
+    """Returns if the encoder of `source` is the one that the checkpoint `file` was trained with.
+
+    Raises ValueError where the checkpoint holds another one, or where nobody can know.
+    """
+    if inside is None:
+        if source == "random":
+            raise ValueError(
+                f"{file} holds no encoder, and its decoder has not learned to rebuild a random "
+                f"one; name the weights it was trained with, e.g. "
+                f"--config.encoder.weights=hub:wide_resnet50_2.racm_in1k."
+            )
+        return
+    ours, theirs = flatten(named), flatten(inside)
+    apart = {path: float(np.abs(ours[path] - theirs[path]).max()) for path in ours}
+    other = [path for path, distance in apart.items() if distance != 0]
+    if other:
+        worst = max(other, key=lambda path: apart[path])
+        raise ValueError(
+            f"config.encoder.weights={source!r} is not the encoder that {file} was trained with: "
+            f"{len(other)} of {len(ours)} tensors differ, {worst} by up to {apart[worst]:.3g}. Use "
+            f"the one inside the checkpoint: --config.encoder.weights={file}."
+        )
+
+
+def import_job(config: ConfigDict, workdir: Path) -> int:
+    """Makes a workdir of a released checkpoint, for evaluate, predict, notebooks and training on.
+
+    The optimizer starts anew: the released files hold the state of one that never stepped.
+    """
+    file = Path(config.published.checkpoint)
+    architecture = architecture_of(config.to_dict())
+    where = setup.devices_of(config)
+    with (
+        lock_workdir(workdir),
+        Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
+    ):
+        if checkpoints.latest is not None:
+            raise ValueError(
+                f"{workdir} already holds a checkpoint; import into another folder, e.g. "
+                f"--workdir={workdir}-imported."
+            )
+        released = read_released(file, architecture)
+        key = purpose_key(jax.random.key(config.seed), "encoder", 0)
+        source = config.encoder.weights
+        frozen, _ = obtain_encoder(workdir / "encoder", source, architecture, key, fresh=True)
+        check_same_encoder(frozen, released.encoder, source, str(file))
+        config = config.copy_and_resolve_references()
+        config.data.root = os.path.abspath(config.data.root) if config.data.root else ""
+        setup.write_atomically(workdir / "config.json", configs.to_json(config))
+        provenance = json.dumps(released.provenance, indent=2) + "\n"
+        setup.write_atomically(workdir / "published.json", provenance)
+        optimizer = settings.optimizer_of(config, 1)  # its state does not depend on the length
+        state = TrainState(
+            step=jnp.zeros((), jnp.int32),
+            params=released.params,
+            batch_stats=released.batch_stats,
+            opt_state=optimizer.init(released.params),
+        )
+        checkpoints.save(0, jax.device_put(state, mesh.replicated(where)))
+    print(
+        f"{workdir}: {released.provenance['tensors']} tensors of {file}; --job evaluate and "
+        f"--job predict take it from here"
+    )
+    return 0
+
+
+def export_job(config: ConfigDict, workdir: Path) -> int:
+    """Writes a checkpoint of `workdir`, encoder and all, as the released code would name it."""
+    setup.devices_of(config)
+    setup.check_same_model(config, workdir)
+    values = config.to_dict()
+    scorer = load_scorer(
+        workdir,
+        architecture=architecture_of(values),
+        settings=map_settings_of(values),
+        step=config.published.step,
+        devices=config.run.devices,
+    )
+    default = workdir / "published" / f"{scorer.step}.safetensors"
+    output = Path(config.published.output or default)
+    check_writable(output.absolute().parent, "the folder of --config.published.output")
+    tensors = published.to_published(
+        *(jax.device_get(tree) for tree in (scorer.params, scorer.batch_stats))
+    )
+    save_tree(output, tensors)
+    print(f"{output}: {len(tensors)} tensors of step {scorer.step}, in PyTorch's layout")
+    return 0
