@@ -97,9 +97,17 @@ def _concatenated(scales: Maps) -> Float[Array, "b _ _ _"]:
 
 
 def score_map(
-    targets: Maps, rebuilt: Maps, *, size: int, sigma: float, combine: str, distance: str
-) -> Float[Array, "b {size} {size}"]:
+    targets: Maps,
+    rebuilt: Maps,
+    *,
+    size: int | tuple[int, int],
+    sigma: float,
+    combine: str,
+    distance: str,
+) -> Float[Array, "b _ _"]:
     """Anomaly score of every pixel: distance maps up-sampled to `size`, combined, smoothed.
+
+    `size` is the side of a square, or (height, width).
 
     With the "cosine" distance:
 
@@ -123,18 +131,22 @@ def score_map(
         )
     if combine == "concatenate":  # from here on the sum over a single scale
         targets, rebuilt = [_concatenated(targets)], [_concatenated(rebuilt)]
-    smoothing = smoothing_matrix(size, sigma)
+    sides = (size, size) if isinstance(size, int) else size
+    smoothing = [smoothing_matrix(side, sigma) for side in sides]
     # A sum may be smoothed term by term, at no cost; a product only as a whole.
-    each = np.eye(size) if combine == "mul" else smoothing
+    each = [np.eye(side) for side in sides] if combine == "mul" else smoothing
     scales = []
     for target, copy in zip(targets, rebuilt, strict=True):
         maps = DISTANCES[distance](target, copy)
-        rows, columns = (each @ upsampling_matrix(size, length) for length in maps.shape[1:])
+        rows, columns = (
+            matrix @ upsampling_matrix(len(matrix), length)
+            for matrix, length in zip(each, maps.shape[1:], strict=True)
+        )
         scales.append(_both_sides(rows, maps, columns))
     if combine != "mul":
         return sum(scales[1:], scales[0]) / len(scales) ** 2
     product = jnp.prod(jnp.stack(scales), axis=0)
-    return product if sigma == 0 else _both_sides(smoothing, product, smoothing)
+    return product if sigma == 0 else _both_sides(smoothing[0], product, smoothing[1])
 
 
 def _check_choice(setting: str, value: str, allowed: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ HOW_TO_RUN = (
     "eval",
     "predict",
     "published",
+    "pretrain",
     "run",
 )
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,14 +39,15 @@ class Released(NamedTuple):
     provenance: dict[str, Any]
 
 
-def read_released(file: Path, architecture: Architecture) -> Released:
+def read_released(source: str, architecture: Architecture) -> Released:
     """A released checkpoint for the network `architecture`, every tensor accounted for.
 
     Raises ValueError where the file cannot be read, or naming each tensor that does not fit.
     """
+    file = Path(source)
     if not file.is_file():
         raise ValueError(
-            f"config.published.checkpoint={str(file)!r} is not a file; name the checkpoint to "
+            f"config.published.checkpoint={source!r} is not a file; name the checkpoint to "
             f"import, e.g. --config.published.checkpoint=net.pth."
         )
     tensors = pretrained.read_tensors(file, "config.published.checkpoint")
@@ -99,41 +102,49 @@ def import_job(config: ConfigDict, workdir: Path) -> int:
 
     The optimizer starts anew: the released files hold the state of one that never stepped.
     """
-    file = Path(config.published.checkpoint)
     architecture = architecture_of(config.to_dict())
     where = setup.devices_of(config)
-    with (
-        lock_workdir(workdir),
-        Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
-    ):
-        if checkpoints.latest is not None:
-            raise ValueError(
-                f"{workdir} already holds a checkpoint; import into another folder, e.g. "
-                f"--workdir={workdir}-imported."
-            )
-        released = read_released(file, architecture)
-        key = purpose_key(jax.random.key(config.seed), "encoder", 0)
+    released = read_released(config.published.checkpoint, architecture)
+    optimizer = settings.optimizer_of(config, 1)  # its state does not depend on the length
+    state = TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=released.params,
+        batch_stats=released.batch_stats,
+        opt_state=optimizer.init(released.params),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
         source = config.encoder.weights
-        frozen, _ = obtain_encoder(workdir / "encoder", source, architecture, key, fresh=True)
-        check_same_encoder(frozen, released.encoder, source, str(file))
-        config = config.copy_and_resolve_references()
-        config.data.root = os.path.abspath(config.data.root) if config.data.root else ""
-        setup.write_atomically(workdir / "config.json", configs.to_json(config))
-        provenance = json.dumps(released.provenance, indent=2) + "\n"
-        setup.write_atomically(workdir / "published.json", provenance)
-        optimizer = settings.optimizer_of(config, 1)  # its state does not depend on the length
-        state = TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=released.params,
-            batch_stats=released.batch_stats,
-            opt_state=optimizer.init(released.params),
-        )
-        checkpoints.save(0, jax.device_put(state, mesh.replicated(where)))
+        encoder = Path(scratch) / "encoder"
+        key = purpose_key(jax.random.key(config.seed), "encoder", 0)
+        frozen, _ = obtain_encoder(encoder, source, architecture, key, fresh=True)
+        check_same_encoder(frozen, released.encoder, source, config.published.checkpoint)
+        with (
+            lock_workdir(workdir),
+            Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
+        ):
+            if checkpoints.latest is not None:
+                raise ValueError(
+                    f"{workdir} already holds a checkpoint; import into another folder, e.g. "
+                    f"--workdir={workdir}-imported."
+                )
+            shutil.copytree(encoder, workdir / "encoder", dirs_exist_ok=True)
+            write_description(config, workdir, released)
+            checkpoints.save(0, jax.device_put(state, mesh.replicated(where)))
     print(
-        f"{workdir}: {released.provenance['tensors']} tensors of {file}; --job evaluate and "
-        f"--job predict take it from here"
+        f"{workdir}: {released.provenance['tensors']} tensors of {config.published.checkpoint}; "
+        f"--job evaluate and --job predict take it from here"
     )
     return 0
+
+
+def write_description(config: ConfigDict, workdir: Path, released: Released) -> None:
+    """Writes config.json and published.json; whatever data a first start had seen is forgotten."""
+    config = config.copy_and_resolve_references()
+    config.data.root = os.path.abspath(config.data.root) if config.data.root else ""
+    (workdir / "data.json").unlink(missing_ok=True)
+    setup.write_atomically(workdir / "config.json", configs.to_json(config))
+    provenance = json.dumps(released.provenance, indent=2) + "\n"
+    setup.write_atomically(workdir / "published.json", provenance)
 
 
 def export_job(config: ConfigDict, workdir: Path) -> int:

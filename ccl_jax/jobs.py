@@ -14,6 +14,7 @@ from ccl_jax.data import layouts, pipeline, synthetic
 from ccl_jax.data.records import check_files, check_records
 from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
+from ccl_jax.pretraining.run import WEIGHTS, pretrain
 from ccl_jax.provenance import provenance
 from ccl_jax.scoring import Scorer, map_settings_of
 from ccl_jax.signals import StopRequest
@@ -143,6 +144,27 @@ def baseline_job(config: ConfigDict, workdir: Path) -> int:
         sigma=config.eval.smoothing_sigma,
     )
     print(baseline.markdown_table(results))
+    return 0
+
+
+def pretrain_job(config: ConfigDict, workdir: Path) -> int:
+    """Learns an encoder from procedural images, or goes on learning it."""
+    where = setup.devices_of(config)
+    recipe, plan = settings.pretraining_of(config)
+    with lock_workdir(workdir), StopRequest() as stop:
+        written = pretrain(
+            workdir,
+            recipe,
+            plan,
+            where=where,
+            tensorboard=config.run.tensorboard,
+            progress=config.run.progress,
+            stop=stop,
+        )
+    if stop.signal is not None and written is None:
+        print(f"{stop.signal.name}: saved; run the same command to go on.", flush=True)
+        return 128 + stop.signal
+    print(f"{workdir / WEIGHTS}: sha256 {written}, for config.encoder.weights")
     return 0
 
 

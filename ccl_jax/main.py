@@ -7,7 +7,8 @@ Jobs: train (the default) trains, checkpoints and evaluates, or goes on where it
 scores the test images of a trained workdir; predict scores your images
 (--config.predict.input=FILE_OR_FOLDER); import makes a workdir of a checkpoint of the authors' code
 (--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data;
-baseline prints what trivial detectors reach. evaluate, predict and export need no --config: the
+baseline prints what trivial detectors reach; pretrain learns an encoder from procedural images
+(configs/pretrain.py). evaluate, predict and export need no --config: the
 workdir knows its own. configs/default.py lists every setting with its unit.
 
 Exit status: 0 done, 1 an error (for predict also: some files could not be read), 2 wrong
@@ -35,10 +36,12 @@ JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
     "export": exchange.export_job,
     "prepare": jobs.prepare_job,
     "baseline": jobs.baseline_job,
+    "pretrain": jobs.pretrain_job,
 }
-NEEDS_CONFIG = ("train", "prepare")  # import takes the published recipe, others DIR/config.json
-NEEDS_WORKDIR = ("train", "evaluate", "predict", "import", "export")
-NEEDS_NO_DATA = ("predict", "import", "export")
+# Of the others, import then takes the published recipe, and the rest WORKDIR/config.json.
+NEEDS_CONFIG = ("train", "prepare", "pretrain")
+NEEDS_WORKDIR = ("train", "evaluate", "predict", "import", "export", "pretrain")
+NEEDS_NO_DATA = ("predict", "import", "export", "pretrain")
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 PUBLISHED_RECIPE = Path(PACKAGE).parent / "configs" / "default.py"  # absent without the sources
 

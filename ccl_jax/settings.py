@@ -4,6 +4,7 @@ from typing import Any
 
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import pipeline
+from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.state import make_optimizer
 from ccl_jax.train import LossSettings, Schedule
 
@@ -43,6 +44,34 @@ def loss_settings(config: ConfigDict) -> LossSettings:
         global_temperature=global_.temperature,
         global_form=global_.form,
     )
+
+
+def pretraining_of(config: ConfigDict) -> tuple[Recipe, Plan]:
+    """What a pretraining learns, and for how long."""
+    pretrain = config.pretrain
+    recipe = Recipe(
+        architecture=config.model.encoder,
+        compute_dtype=config.model.compute_dtype,
+        seed=config.seed,
+        kinds=pretrain.kinds,
+        per_kind=pretrain.per_kind,
+        image_size=pretrain.image_size,
+        composite=pretrain.composite,
+        dense=pretrain.dense,
+        head_weights=pretrain.head_weights,
+        label_smoothing=pretrain.label_smoothing,
+        batch_size=pretrain.batch_size,
+        lr=pretrain.lr,
+        weight_decay=pretrain.weight_decay,
+        warmup_steps=pretrain.warmup_steps,
+    )
+    plan = Plan(
+        steps=pretrain.steps,
+        decay_share=pretrain.decay_share,
+        checkpoint_every=pretrain.checkpoint_every,
+        log_every=pretrain.log_every,
+    )
+    return recipe, plan
 
 
 def schedule_of(config: ConfigDict, total: int) -> Schedule:

@@ -115,7 +115,9 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
         "training_images": len(split.train),
         "sha256": hashlib.sha256("\n".join(r.key for r in split.train).encode()).hexdigest(),
     }
-    if not fresh:
+    if fresh:
+        (workdir / "published.json").unlink(missing_ok=True)  # of an import that did not end
+    else:
         compare_settings(configs.read_json(workdir / "config.json"), config, workdir)
         # A workdir that was imported has seen no data yet.
         if (workdir / "data.json").exists() or not (workdir / "published.json").exists():

@@ -6,6 +6,7 @@ from typing import Any
 from ccl_jax.config import ConfigDict, flatten
 from ccl_jax.metrics.conventions import CONVENTIONS
 
+PICTURES = ("networks", "gratings", "noise", "leaves", "tiles")  # of the pretraining
 ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
 
@@ -19,7 +20,10 @@ class Problems:
     def check(self, key: str, good: Callable[[Any], bool], needs: str, example: Any) -> None:
         """Notes setting `key` unless `good` holds for its value."""
         if key not in self.values:
-            self.lines.append(f"config.{key} is missing; add it, e.g. --config.{key}={example}")
+            self.lines.append(
+                f"config.{key} is missing, perhaps because another version of ccl_jax wrote this "
+                f"config; add it to the file as in configs/default.py, e.g. with {example!r}"
+            )
         elif not good(self.values[key]):
             value = self.values[key]
             self.lines.append(
@@ -79,7 +83,7 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
         problems.check(root, lambda v: isinstance(v, str) and bool(v), "a folder", "/data/photos")
     problems.check("name", lambda v: isinstance(v, str) and bool(v), "a name", "mine")
     problems.check("seed", lambda v: is_integer(v) and 0 <= v < 2**32, "in 0 .. 2**32-1", 42)
-    for check in (_data, _model, _loss, _augment, _train, _evaluate_and_predict, _run):
+    for check in (_data, _model, _loss, _augment, _train, _evaluate_and_predict, _pretrain, _run):
         check(problems)
     if not problems.lines:
         _together(problems, config)
@@ -211,9 +215,41 @@ def _evaluate_and_predict(p: Problems) -> None:
     p.check("predict.output", lambda v: isinstance(v, str), "a folder", "predictions/")
     p.integer("predict.batch_size", 1, 8)
     p.integer("predict.step", -1, -1)
-    for key, example in (("checkpoint", "net.pth"), ("output", "net.safetensors")):
-        p.check(f"published.{key}", lambda v: isinstance(v, str), "a file", example)
+    p.check("published.checkpoint", lambda v: isinstance(v, str), "a file", "net.pth")
+    p.check(
+        "published.output",
+        lambda v: v == "" or (isinstance(v, str) and v.endswith(".safetensors")),
+        "a .safetensors file",
+        "net.safetensors",
+    )
     p.integer("published.step", -1, -1)
+
+
+def _pretrain(p: Problems) -> None:
+    p.check(
+        "pretrain.kinds",
+        lambda v: len(v) > 0 and all(kind in PICTURES for kind in v) and len(set(v)) == len(v),
+        f"some of {', '.join(PICTURES)}",
+        "\"('networks','noise')\"",
+    )
+    p.check(
+        "pretrain.head_weights",
+        lambda v: len(v) == 3 and all(is_number(w) and w >= 0 for w in v) and sum(v) > 0,
+        "three numbers >= 0, not all 0",
+        "'(0.3, 0.3, 1.0)'",
+    )
+    for key, example in (("per_kind", 128), ("batch_size", 80), ("steps", 9000)):
+        p.integer(f"pretrain.{key}", 1, example)
+    for key, example in (("checkpoint_every", 200), ("log_every", 50)):
+        p.integer(f"pretrain.{key}", 1, example)
+    p.integer("pretrain.warmup_steps", 0, 200)
+    p.integer("pretrain.image_size", 32, 64)
+    p.number("pretrain.lr", 0.0, 10.0, 1e-3, above=True)
+    p.number("pretrain.weight_decay", 0.0, 10.0, 0.05)
+    p.number("pretrain.label_smoothing", 0.0, 0.9, 0.1)
+    p.number("pretrain.decay_share", 0.0, 0.9, 0.25)
+    for key in ("composite", "dense"):
+        p.check(f"pretrain.{key}", lambda v: isinstance(v, bool), "True or False", False)
 
 
 def _run(p: Problems) -> None:

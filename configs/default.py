@@ -32,6 +32,7 @@ def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
             "eval": evaluation(),
             "predict": predict(),
             "published": published(),
+            "pretrain": pretrain(),
             "run": run(),
         }
     )
@@ -178,6 +179,27 @@ def published() -> dict:
         "checkpoint": "",  # .pth or .safetensors file that `--job import` reads
         "output": "",  # file that `--job export` writes; "" is WORKDIR/published/<step>.safetensors
         "step": -1,  # checkpoint to export; -1: the newest
+    }
+
+
+def pretrain() -> dict:
+    """An encoder's own training, on procedural images (`--job pretrain`)."""
+    return {
+        "kinds": ("networks", "gratings", "noise", "leaves", "tiles"),  # equally many of each
+        "per_kind": 128,  # classes of each kind
+        "image_size": 64,  # pixels, a multiple of 16
+        "composite": False,  # two pictures in one image
+        "dense": False,  # a class at every position; False: of the pooled maps
+        "head_weights": (0.3, 0.3, 1.0),  # of the losses on stages 1 to 3
+        "label_smoothing": 0.1,  # share of the target that all classes get alike
+        "batch_size": 80,  # images over all devices; a multiple of kinds times devices
+        "lr": 1e-3,  # of AdamW, at its highest
+        "weight_decay": 0.05,  # of AdamW, on kernels
+        "warmup_steps": 200,  # over which the rate rises
+        "steps": 9000,  # more steps go on from before the rate fell
+        "decay_share": 0.25,  # of the steps, the last ones, over which the rate falls to zero
+        "checkpoint_every": 200,  # steps
+        "log_every": 50,  # steps between lines in the log
     }
 
 

@@ -136,6 +136,19 @@ def test_a_perfect_copy_scores_nothing_and_one_bad_position_peaks_there():
     assert divmod(int(scores.argmax()), 8) == (2, 5)
 
 
+@pytest.mark.parametrize("combine", ["add", "mul", "concatenate"])
+def test_score_maps_need_not_be_square(combine):
+    """Of a map that varies along one direction only, the other side does not matter."""
+    settings = {"sigma": 2.0, "combine": combine, "distance": "cosine"}
+    rng = np.random.default_rng(0)
+    lines = [rng.normal(size=(2, 1, 8, 5)), rng.normal(size=(2, 1, 4, 6))]
+    pair = [[jnp.asarray(np.repeat(x + i, 6, 1)) for x in lines] for i in (0, 1)]
+    square = anomaly_map.score_map(*pair, size=32, **settings)
+    wide = anomaly_map.score_map(*pair, size=(20, 32), **settings)
+    assert wide.shape == (2, 20, 32)
+    np.testing.assert_allclose(wide, square[:, :20], atol=1e-5)
+
+
 def test_score_map_refuses_what_it_does_not_know():
     targets, rebuilt = random_pairs()
     with pytest.raises(ValueError, match=r'config.eval.combine="max" .*--config.eval.combine=add'):

@@ -93,6 +93,12 @@ def test_prefix_of_parallel_training_is_dropped(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, plain[:2], again[:2])
 
 
+def test_a_tensor_with_and_without_the_prefix_is_refused(tmp_path):
+    tensors = published() | {"module.conv1.weight": np.zeros((64, 3, 7, 7), np.float32)}
+    with pytest.raises(ValueError, match=r"1 tensors twice, e\.g\. conv1\.weight and module\."):
+        pretrained.load_encoder(str(save(tmp_path, tensors)), "resnet18", *wanted())
+
+
 @pytest.mark.parametrize("dtype", [np.float16, np.float64, ml_dtypes.bfloat16])
 def test_other_float_widths_become_float32(tmp_path, dtype):
     tensors = published(dtype)

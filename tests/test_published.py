@@ -99,6 +99,22 @@ def test_a_single_wrong_tensor_is_named(name, damage):
         assert line in str(error.value)
 
 
+@pytest.mark.parametrize("value", [1e300, np.nan, 1 + 2j])
+def test_numbers_that_do_not_survive_as_float32_are_refused(value):
+    wanted, trees = tiny_network("plain")
+    tensors = published.to_published(*trees)
+    name = "net_s.layer3.0.bn1.bias"
+    tensors[name] = np.full_like(tensors[name], value, dtype=type(value))
+    with pytest.raises(ValueError, match=rf"(?s)1 differences.*misshapen  {name}"):
+        published.from_published(tensors, *wanted, source="net.pth")
+
+
+def test_an_encoder_is_no_released_checkpoint(tmp_path):
+    wanted, _ = tiny_network("none")
+    with pytest.raises(ValueError, match=r"--config\.encoder\.weights=resnet18\.pth"):
+        published.from_published({"conv1.weight": np.ones(3)}, *wanted, source="resnet18.pth")
+
+
 @pytest.mark.parametrize(("kind", "other"), [("plain", "depthwise"), ("depthwise", "none")])
 def test_another_projector_is_recognised_and_the_setting_named(kind, other):
     _, trees = tiny_network(kind)
@@ -182,15 +198,25 @@ def test_training_goes_on_from_an_imported_checkpoint(imported, import_config, e
     assert jobs.train_job(import_config, imported) == 0
     assert main.main(["main", "--job", "export", "--workdir", str(imported)]) == 0
     after = safetensors.numpy.load_file(imported / "published" / "4.safetensors")
-    moved = [name for name in before if not np.array_equal(before[name], after[name])]
-    assert "net_s.layer3.0.conv1.weight" in moved
-    assert not any(name.startswith("net_t.") for name in moved)
+    moved = {name: np.abs(before[name] - after[name]).max() for name in before}
+    assert moved["net_s.layer3.0.conv1.weight"] > 0
+    assert all(moved[name] == 0 for name in moved if name.startswith("net_t."))
+    # Adam moves a weight by about a rate per step: fresh weights would be 0.2 and more away.
+    rate = import_config.optimizer.lr
+    kernels = [name for name in moved if before[name].ndim == 4]
+    assert max(moved[name] for name in kernels) < 2 * 4 * rate
 
 
 def test_the_workdir_says_where_it_came_from(imported, exported):
     provenance = json.loads((imported / "published.json").read_text())
     assert provenance["sha256"] == pretrained.sha256_of(exported)
     assert provenance["tensors"] == len(safetensors.numpy.load_file(exported))
+
+
+def test_an_export_under_another_ending_is_refused(trained, capsys):
+    command = ["main", "--job=export", f"--workdir={trained}", "--config.published.output=net.pth"]
+    assert main.main(command) == 1
+    assert "config.published.output='net.pth' must be a .safetensors" in capsys.readouterr().err
 
 
 def test_the_command_line_imports(exported, tmp_path):
@@ -219,8 +245,11 @@ def test_a_second_import_into_the_same_folder_is_refused(imported, import_config
 
 
 def test_a_checkpoint_that_is_no_file_is_named(import_config, tmp_path):
-    import_config.published.checkpoint = "nowhere.pth"
-    assert "config.published.checkpoint='nowhere.pth'" in complaint(import_config, tmp_path / "run")
+    for name in ("", "nowhere.pth"):
+        import_config.published.checkpoint = name
+        message = complaint(import_config, tmp_path / "run")
+        assert f"config.published.checkpoint={name!r} is not a file" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_another_encoder_than_the_checkpoints_is_refused(import_config, exported, tmp_path):
@@ -231,6 +260,7 @@ def test_another_encoder_than_the_checkpoints_is_refused(import_config, exported
     message = complaint(import_config, tmp_path / "run")
     assert re.search(r"1 of \d+ tensors differ, params/conv1/kernel by up to 0\.25", message)
     assert f"--config.encoder.weights={exported}" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_without_encoder_needs_one_that_is_not_random(

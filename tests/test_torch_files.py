@@ -221,6 +221,28 @@ def test_storage_shorter_than_announced_is_refused(torch, tmp_path):
         read_torch_file(tmp_path / "m.pth")
 
 
+def test_a_tensor_that_repeats_a_few_bytes_without_end_is_refused(torch, tmp_path):
+    content, blobs = describe(torch, {"a": np.ones(1, np.float32)})
+    function, (storage, offset, _, _, *rest) = content["a"].call
+    content["a"] = Rebuilt(function, storage, offset, (1 << 20, 1 << 20), (0, 0), *rest)
+    write_zip(tmp_path / "m.pth", content, blobs)
+    with pytest.raises(ValueError, match="far larger than its storage"):
+        read_torch_file(tmp_path / "m.pth")
+
+
+def test_a_compressed_archive_is_refused(torch, tmp_path):
+    content, blobs = describe(torch, some_tensors())
+    write_zip(tmp_path / "m.pth", content, blobs)
+    with (
+        zipfile.ZipFile(tmp_path / "m.pth") as plain,
+        zipfile.ZipFile(tmp_path / "c.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    with pytest.raises(ValueError, match="the archive is compressed"):
+        read_torch_file(tmp_path / "c.pth")
+
+
 def test_big_endian_file_is_refused(tmp_path):
     with zipfile.ZipFile(tmp_path / "m.pth", "w") as archive:
         archive.writestr("archive/data.pkl", dumps({}))

@@ -12,6 +12,8 @@ from PIL import Image
 
 from ccl_jax import augment
 from ccl_jax.data.records import Record, as_rgb, read_mask
+from ccl_jax.models import network as networks
+from ccl_jax.models import pretrained
 from tests.reference.torch_augment import (
     View,
     draw_crop,
@@ -276,3 +278,24 @@ def test_the_raw_pictures_crop_is_ours_with_the_ratio_divided_by_its_aspect():
         assert_same_distribution(getattr(our, what), np.round(their[what] / long), what)
     usual = scipy.stats.ks_2samp(plain.width, their["width"] / 1.5).statistic
     assert usual > 5 * ALARM  # with the usual ratio the widths are others
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "wide_resnet50_2"])
+def test_every_tensor_of_torchvisions_encoders_has_its_place(name, tmp_path):
+    """By torchvision's own names and values, through a file that PyTorch wrote."""
+    model = live.models.get_model(name, weights=None)
+    torch.save(model.state_dict(), tmp_path / "model.pth")
+    _, *wanted = networks.abstract_network(
+        family="rd", encoder=name, projector="none", compute_dtype="float32"
+    )
+    params, batch_stats, provenance = pretrained.load_encoder(
+        str(tmp_path / "model.pth"), name, *(tree["encoder"] for tree in wanted)
+    )
+    number = sum(
+        not name.startswith(("fc.", "layer4.")) and not name.endswith("num_batches_tracked")
+        for name in model.state_dict()
+    )
+    assert provenance["tensors"] == number == len(jax.tree.leaves((params, batch_stats)))
+    kernel = model.layer3[0].downsample[0].weight.detach().numpy()
+    ours = params["layer3"]["block0"]["shortcut"]["conv"]["kernel"]
+    np.testing.assert_array_equal(ours[0, 0], kernel[:, :, 0, 0].T)

@@ -6,7 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 
+from ccl_jax import exchange
 from ccl_jax.models import network as networks
 from ccl_jax.models import published
 from ccl_jax.models.torch_files import read_torch_file
@@ -149,3 +151,31 @@ def test_published_weights_come_out_of_our_trees_unchanged(encoder, projector):
     assert back.keys() == tensors.keys()
     for name, value in tensors.items():
         np.testing.assert_array_equal(back[name], value, strict=True, err_msg=name)
+
+
+def test_a_whole_training_checkpoint_is_imported_as_a_workdir(tmp_path, tiny_config):
+    """ckpt.pth of a parallel run: a wrapper, an optimizer's state, metrics, and prefixed names."""
+    twin = twin_model.randomise(twin_model.Twin("resnet18", "depthwise"), seed=5)
+    adam = torch.optim.Adam(twin.parameters(), lr=1e-3)
+    torch.save(
+        {
+            "net": {f"module.{name}": value for name, value in twin.state_dict().items()},
+            "optimizer": adam.state_dict(),
+            "scheduler": {"last_epoch": 3},
+            "scaler": None,
+            "iter": 30,
+            "epoch": 3,
+            "metric_recorder": {"mAUROC_sp_max_Avg": [np.float64(91.5), 92.0]},
+            "total_time": 1.5,
+        },
+        tmp_path / "ckpt.pth",
+    )
+    tiny_config.published.checkpoint = tiny_config.encoder.weights = str(tmp_path / "ckpt.pth")
+    assert exchange.import_job(tiny_config, tmp_path / "run") == 0
+    tiny_config.published.output = str(tmp_path / "again.safetensors")
+    assert exchange.export_job(tiny_config, tmp_path / "run") == 0
+    again = safetensors.numpy.load_file(tmp_path / "again.safetensors")
+    assert again.keys() == twin.state_dict().keys()
+    for name, value in twin_model.to_numpy(twin).items():
+        if not name.endswith("num_batches_tracked"):
+            np.testing.assert_array_equal(again[name], value, err_msg=name)

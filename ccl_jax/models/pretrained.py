@@ -104,7 +104,8 @@ def read_tensors(path: Path, setting: str) -> Mapping[str, np.ndarray]:
     """All tensors of a .safetensors or .pth file by name; a "module." prefix is dropped.
 
     Raises:
-        ValueError: naming `setting`, where the file cannot be read.
+        ValueError: naming `setting`, where the file cannot be read; or where it holds a tensor
+            with and without that prefix.
     """
     readers: dict[str, Callable[[Path], Mapping[str, np.ndarray]]] = {
         ".safetensors": _read_safetensors,
@@ -118,7 +119,14 @@ def read_tensors(path: Path, setting: str) -> Mapping[str, np.ndarray]:
             f"only {', '.join(readers)} can be read."
         )
     tensors = readers[path.suffix.lower()](path)
-    return {name.removeprefix("module."): leaf for name, leaf in tensors.items()}
+    renamed = {name.removeprefix("module."): leaf for name, leaf in tensors.items()}
+    twice = [name for name in renamed if name in tensors and f"module.{name}" in tensors]
+    if twice:
+        raise ValueError(
+            f"{path} holds {len(twice)} tensors twice, e.g. {twice[0]} and module.{twice[0]}; "
+            "save the state_dict of one model only."
+        )
+    return renamed
 
 
 def _read_safetensors(path: Path) -> dict[str, np.ndarray]:

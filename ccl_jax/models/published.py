@@ -41,10 +41,18 @@ def from_published(
     Raises:
         ValueError: naming `source`, listing each tensor that is missing, unexpected or misshapen.
     """
+    if not any(name.startswith(("mff_oce.", "net_s.")) for name in tensors):
+        raise ValueError(
+            f"{source} holds no neck (mff_oce.*) and no decoder (net_s.*), so it is no checkpoint "
+            f"of the released code. The file of an encoder belongs in config.encoder.weights, e.g. "
+            f"--config.encoder.weights={source}."
+        )
     kind = projector_kind(tensors)
     want = {"params": params, "batch_stats": batch_stats}
     own = "none" if "projector" not in params else _own_kind(params)
-    hint = f"--config.model.projector={kind}" if kind != own else "--config.model.encoder=resnet18"
+    hint = f"--config.model.projector={kind}"
+    if kind == own:
+        hint = "another --config.model.encoder, such as wide_resnet50_2"
     filled = fill(
         want,
         {name: value for name, value in tensors.items() if not name.endswith(COUNTERS)},

@@ -5,6 +5,7 @@ refused, but for the few that describe tensors, and those only make inert descri
 """
 
 import io
+import math
 import pickle
 import struct
 import zipfile
@@ -38,6 +39,9 @@ HARMLESS = {
 }
 
 
+REPEATED = 2**20  # elements to which a tensor may repeat a smaller storage
+
+
 class _Storage(NamedTuple):
     kind: str  # key of DTYPES
     key: str
@@ -65,7 +69,7 @@ class _Inert(pickle.Unpickler):
     """Builds containers, numbers, strings and tensor descriptions; refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in for an allowed name. Bound methods: a pickle cannot alter them."""
+        """The stand-in for an allowed name; a pickle cannot alter what these do."""
         if (module, name) == ("collections", "OrderedDict"):
             return OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
@@ -100,6 +104,9 @@ class _Inert(pickle.Unpickler):
         )
         if 0 not in shape and last >= storage.elements:
             raise pickle.UnpicklingError("it describes a tensor that exceeds its storage")
+        # A stride of 0 repeats elements: a few bytes could ask for any amount of memory.
+        if math.prod(shape) > max(storage.elements, REPEATED):
+            raise pickle.UnpicklingError("it describes a tensor far larger than its storage")
         return _Tensor(storage, offset, tuple(shape), tuple(strides))
 
     def _parameter(self, tensor: Any, *_unused: Any) -> Any:
@@ -133,6 +140,8 @@ def read_torch_file(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _read_zip(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise ValueError("the archive is compressed, which PyTorch never does")
     heads = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(heads) != 1:
         raise ValueError("the archive holds no data.pkl")

@@ -7,6 +7,7 @@ import numpy as np
 
 from ccl_jax.models.trees import Tree, flatten, unflatten
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")  # what weights may be stored in
 LISTED = 20  # differences of a kind that an error shows
 _LAST = {
     "kernel": "weight",
@@ -97,12 +98,15 @@ def fill(
         value = found[names[path]]
         shape = tuple(leaf.shape)
         turned = from_torch_layout(value, transposed=len(shape) == 4 and shape[:2] == _UPSAMPLING)
-        if turned.shape != shape or value.dtype.kind in "iub":
+        if turned.shape != shape or value.dtype.name not in FLOATS:
             misshapen.append(
                 f"{names[path]}: want {_published(shape)}, got {value.shape} of {value.dtype}"
             )
-        else:
+            continue
+        with np.errstate(over="ignore"):  # noticed in the next line
             leaves[path] = np.asarray(turned, dtype=leaf.dtype, order="C")
+        if not np.isfinite(leaves[path]).all():
+            misshapen.append(f"{names[path]}: NaN or infinite as {leaf.dtype}")
     problems = {
         "missing": sorted(set(names.values()) - found.keys()),
         "unexpected": sorted(found.keys() - set(names.values())),

@@ -71,10 +71,13 @@ def encoder_differences(name: str, *, f64: bool) -> Differences:
         def run(tree: Any, x: jax.Array) -> tuple:
             return nnx.merge(graphdef, tree["params"], tree["batch_stats"])(x)
 
-        maps = run(tree, images(golden, "img", dtype))
+        maps = dict(enumerate(run(tree, images(golden, "img", dtype)), start=1))
+        # The table's name ends in the recorded stages, e.g. ":1,2,3"; ours are 1 to 3.
+        stages = map(int, golden.meta["key_table"].rsplit(":", 1)[1].split(","))
         return {
-            f"feat{i}": golden.difference(f"feat{i}", channels_first(scale), f64=f64)
-            for i, scale in enumerate(maps)
+            f"feat{i}": golden.difference(f"feat{i}", channels_first(maps[stage]), f64=f64)
+            for i, stage in enumerate(stages)
+            if stage in maps
         }
 
 
@@ -135,18 +138,23 @@ def network_differences(name: str, *, f64: bool) -> Differences:
 
 def quantities(out: networks.NetworkOutput) -> dict[str, np.ndarray]:
     """A forward pass under the names of the recordings."""
-    values = {"glo_feats": np.asarray(out.pooled)}
+    values = {"glo_feats": squeezed(out.pooled)}
     for i, scale in enumerate(out.targets):
         # With two views the clean one is called q and the augmented one k.
         values[f"feats_t{i}"] = values[f"feats_t_q{i}"] = channels_first(scale)
         values[f"feats_s{i}"] = channels_first(out.rebuilt[i])
         values[f"q_grid{i}"] = channels_first(out.projected[i])
     if out.augmented is not None:
-        values["glo_feats_k"] = np.asarray(out.augmented.pooled)
+        values["glo_feats_k"] = squeezed(out.augmented.pooled)
         for i, scale in enumerate(out.augmented.targets):
             values[f"feats_t_k{i}"] = channels_first(scale)
             values[f"k_grid{i}"] = channels_first(out.augmented.projected[i])
     return values
+
+
+def squeezed(pooled: jax.Array) -> np.ndarray:
+    """The pooled code as recorded: the original drops the batch axis of a single image."""
+    return np.asarray(pooled[0] if len(pooled) == 1 else pooled)
 
 
 def worst(differences: Differences) -> tuple[str, float]:

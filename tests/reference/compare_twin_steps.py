@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
 
-from ccl_jax import state, train
+from ccl_jax import settings, state, train
+from ccl_jax.config import ConfigDict, read_config_file
 from ccl_jax.models import published
 from tests.reference.compare_twin import (
     OPTIMISED,
@@ -21,6 +23,8 @@ from tests.reference.compare_twin import (
 )
 from tests.reference.twin_model import Twin, randomise, to_numpy
 from tests.reference.twin_step import TwinTraining
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,26 +58,22 @@ def random_batch(seed: int, *, noisy: bool) -> tuple[tuple, list]:
     return (clean, augmented, labels, drawn_negatives(rng, labels, 3)), noise
 
 
+def published_recipe(recipe: Recipe) -> ConfigDict:
+    """configs/default.py, whose rates and losses a short training takes but for what it changes."""
+    config = read_config_file(ROOT / "configs" / "default.py")
+    config.loss.global_.form = recipe.global_form
+    config.loss.cosine.flat = recipe.flat
+    return config
+
+
 class OurTraining:
     """Our side of a TwinTraining, from the same weights."""
 
     def __init__(self, twin: Twin, recipe: Recipe):
         graphdef, params, batch_stats = our_trees(twin, "resnet18", recipe.projector)
-        optimizer = state.make_optimizer(
-            projector_lr=1e-3, lr=5e-3, betas=(0.5, 0.999), clip_norm=5.0, decay_step=None
-        )
-        settings = train.LossSettings(
-            cosine_weight=1.0,
-            cosine_flat=recipe.flat,
-            local_weight=1.0,
-            local_temperature=0.05,
-            local_window=None,
-            local_same_class=False,
-            global_weight=1.0,
-            global_temperature=0.05,
-            global_form=recipe.global_form,
-        )
-        update = train.make_update(graphdef, optimizer, settings)
+        config = published_recipe(recipe)
+        optimizer = settings.optimizer_of(config, recipe.steps)
+        update = train.make_update(graphdef, optimizer, settings.loss_settings(config))
         self.update = jax.jit(update, compiler_options=OPTIMISED)
         self.frozen = state.Frozen(params["encoder"], batch_stats["encoder"])
         trained = state.split_parts(params, state.TRAINED)

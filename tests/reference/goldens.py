@@ -27,9 +27,9 @@ def folder() -> Path:
     return Path(os.environ.get(VARIABLE) or OWN)
 
 
-def index() -> dict[str, dict]:
-    """The description of every golden, by name."""
-    entries = json.loads((folder() / "index.json").read_text())["files"]
+def index(where: Path | None = None) -> dict[str, dict]:
+    """The description of every golden of a folder, by name."""
+    entries = json.loads(((where or folder()) / "index.json").read_text())["files"]
     return {entry["file"].removesuffix(".npz"): entry for entry in entries}
 
 
@@ -41,12 +41,12 @@ def names(*patterns: str) -> list[str]:
 
 
 class Golden:
-    """One file: `meta` as in the index, `arrays` as stored."""
+    """One file of a folder, else the chosen one: `meta` as in its index, `arrays` as stored."""
 
-    def __init__(self, name: str):
+    def __init__(self, name: str, where: Path | None = None):
         self.name = name
-        self.meta = index()[name]
-        with np.load(folder() / f"{name}.npz") as file:
+        self.meta = index(where)[name]
+        with np.load((where or folder()) / f"{name}.npz") as file:
             self.arrays = {key: file[key] for key in file.files}
 
     def keys(self) -> list[str]:

@@ -5,7 +5,7 @@ import sys
 import torch
 
 try:
-    from torchvision import transforms
+    from torchvision import models, transforms
 except RuntimeError:
     # While it is imported torchvision describes two operators of its compiled part, which does not
     # load beside another build of PyTorch (a CPU build, and the registry's torchvision). The
@@ -16,10 +16,10 @@ except RuntimeError:
     for name in ("nms", "qnms"):
         NAMES.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     try:
-        from torchvision import transforms
+        from torchvision import models, transforms
     except RuntimeError as error:
         raise ImportError(f"torchvision does not work with this PyTorch: {error}") from error
 
 functional = transforms.functional
 
-__all__ = ["functional", "torch", "transforms"]
+__all__ = ["functional", "models", "torch", "transforms"]

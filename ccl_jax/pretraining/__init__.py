@@ -1,0 +1,1 @@
+"""The shipped encoder: procedural images, and the command that learned from them."""

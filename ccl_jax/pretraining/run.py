@@ -1,0 +1,232 @@
+"""The loop around the pretraining step: checkpoints, log, and the file that it is all for.
+
+The rate is constant after its warm-up and falls to zero over the last steps. Checkpoints from
+before that fall are kept apart (`checkpoints/`, the fall in `decay-<steps>/`), so that a run with
+more steps goes on from there in the same folder, and computes what it would have from the start.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ccl_jax import mesh
+from ccl_jax.checkpoint import Checkpoints
+from ccl_jax.pretraining.images import check_batch
+from ccl_jax.pretraining.learn import (
+    LearnState,
+    Plan,
+    Recipe,
+    Scalars,
+    init_state,
+    make_optimizer,
+    make_step,
+)
+from ccl_jax.pretraining.weights import write_weights
+from ccl_jax.provenance import provenance
+from ccl_jax.run_log import RunLog
+from ccl_jax.signals import StopRequest
+from ccl_jax.state import purpose_key
+
+WEIGHTS = "encoder.safetensors"
+
+
+def pretrain(
+    workdir: Path,
+    recipe: Recipe,
+    plan: Plan,
+    *,
+    where: jax.sharding.Mesh,
+    tensorboard: bool,
+    progress: bool,
+    stop: StopRequest,
+) -> str | None:
+    """Learns the steps that are left; the sha256 of `workdir/encoder.safetensors`, when done.
+
+    None where a signal stopped it first: the state is then saved, and the same call goes on. A call
+    with more steps goes on from before the rate fell.
+
+    Raises:
+        ValueError: for an impossible recipe, for a folder that was begun with another one, or for
+            fewer steps than the folder has already done at the constant rate.
+        FloatingPointError: naming the step from which the loss was not finite.
+    """
+    check_recipe(recipe, where.size)
+    story = Story.open(workdir, recipe)
+    with (
+        Checkpoints(workdir / "checkpoints", keep=1) as constant,
+        Checkpoints(workdir / f"decay-{plan.steps}", keep=1) as falling,
+    ):
+        state = restored(recipe, plan, constant, falling, where)
+        done = int(state.step)
+        with RunLog(
+            workdir / "log",
+            total_steps=plan.steps,
+            start_step=done,
+            images_per_step=recipe.batch_size,
+            tensorboard=tensorboard,
+            progress=progress,
+        ) as log:
+            step = jax.jit(
+                make_step(recipe, make_optimizer(recipe, plan), where),
+                donate_argnums=0,
+                out_shardings=mesh.replicated(where),
+            )
+            pending: list[Scalars] = []
+            for number in range(done + 1, plan.steps + 1):
+                jax.block_until_ready(pending[-1:])  # one step is computed while the next is sent
+                state, scalars = step(state)
+                pending.append(scalars)
+                done = number
+                log.advance(done)
+                ends = stop.signal is not None or done == plan.steps
+                saves = ends or done == plan.decay_start or done % plan.checkpoint_every == 0
+                if saves or done % plan.log_every == 0:
+                    log.write(done, mean_of(pending, done))
+                if saves:
+                    (constant if done <= plan.decay_start else falling).save(done, state)
+                    story.save()
+                if ends:
+                    break
+    if done < plan.steps:
+        return None
+    return write_result(workdir / WEIGHTS, state, recipe, plan, story)
+
+
+class Story:
+    """What a folder was begun with, and for how long and on which devices it has computed."""
+
+    def __init__(self, path: Path, recipe: Recipe, seconds: float, devices: list[str]) -> None:
+        self.path, self.recipe, self.devices = path, recipe, devices
+        self._before, self._start = seconds, time.perf_counter()
+
+    @classmethod
+    def open(cls, workdir: Path, recipe: Recipe) -> "Story":
+        """Reads `workdir/story.json`, or begins one; ValueError where it tells another recipe."""
+        path = workdir / "story.json"
+        device = jax.devices()[0].device_kind
+        if not path.exists():
+            workdir.mkdir(parents=True, exist_ok=True)
+            return cls(path, recipe, 0.0, [device])
+        old = json.loads(path.read_text())
+        new = json.loads(json.dumps(dataclasses.asdict(recipe)))
+        differ = [
+            f"{name}: {old['recipe'].get(name)!r} -> {value!r}"
+            for name, value in new.items()
+            if old["recipe"].get(name) != value
+        ]
+        if differ:
+            lines = "\n  ".join(differ)
+            raise ValueError(
+                f"{workdir} was begun with another config.pretrain:\n  {lines}\nUse the settings "
+                f"of {path}, or another folder, e.g. --workdir={workdir}-2."
+            )
+        devices = old["devices"] + [device] * (device not in old["devices"])
+        return cls(path, recipe, old["seconds"], devices)
+
+    @property
+    def seconds(self) -> float:
+        """Of computing so far, over all starts of the run."""
+        return self._before + time.perf_counter() - self._start
+
+    def save(self) -> None:
+        """Writes the story, complete or not at all."""
+        recipe = dataclasses.asdict(self.recipe)
+        text = {"recipe": recipe, "seconds": round(self.seconds, 1), "devices": self.devices}
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(text, indent=2) + "\n")
+        os.replace(partial, self.path)
+
+
+def check_recipe(recipe: Recipe, devices: int) -> None:
+    """Raises ValueError where batch, kinds, devices and image size do not go together."""
+    check_batch(recipe.batch_size, recipe.kinds)
+    parts = len(recipe.kinds) * devices
+    if recipe.batch_size % parts:
+        up = math.ceil(recipe.batch_size / parts) * parts
+        raise ValueError(
+            f"config.pretrain.batch_size={recipe.batch_size} cannot be split over {devices} "
+            f"devices and {len(recipe.kinds)} kinds of images; use a multiple of {parts}, e.g. "
+            f"--config.pretrain.batch_size={up}."
+        )
+    if recipe.image_size % 16:
+        up = math.ceil(recipe.image_size / 16) * 16
+        raise ValueError(
+            f"config.pretrain.image_size={recipe.image_size} is not a multiple of 16, the stride "
+            f"of the coarsest map; use e.g. --config.pretrain.image_size={up}."
+        )
+
+
+def restored(
+    recipe: Recipe,
+    plan: Plan,
+    constant: Checkpoints,
+    falling: Checkpoints,
+    where: jax.sharding.Mesh,
+) -> LearnState:
+    """The newest state that leads to this plan, or the one before the first step.
+
+    Raises:
+        ValueError: where the constant rate has been used for longer than the plan says.
+    """
+    replicated = mesh.replicated(where)
+    optimizer = make_optimizer(recipe, plan)
+    key = purpose_key(jax.random.key(recipe.seed), "weights", 0)
+
+    def init(key: jax.Array) -> LearnState:
+        return init_state(recipe, optimizer, key)
+
+    abstract = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+        jax.eval_shape(init, key),
+    )
+    if falling.latest is not None:
+        return falling.restore(-1, abstract)
+    if constant.latest is None:
+        return jax.jit(init, out_shardings=replicated)(key)
+    if constant.latest > plan.decay_start:
+        least = math.ceil(constant.latest / (1 - plan.decay_share)) + 1
+        raise ValueError(
+            f"{constant.folder.parent} has done {constant.latest} steps at the constant rate, and "
+            f"config.pretrain.steps={plan.steps} would let it fall from step {plan.decay_start} on;"
+            f" use more steps, e.g. --config.pretrain.steps={least}."
+        )
+    return constant.restore(-1, abstract)
+
+
+def mean_of(pending: list[Scalars], done: int) -> dict[str, float]:
+    """The mean of each scalar over the pending steps, the last of them number `done`; empties them.
+
+    Raises:
+        FloatingPointError: naming the first step with a value that is not finite.
+    """
+    rows = jax.device_get(pending)
+    pending.clear()
+    for step, row in enumerate(rows, start=done - len(rows) + 1):
+        bad = {name: float(value) for name, value in row.items() if not math.isfinite(value)}
+        if bad:
+            raise FloatingPointError(
+                f"step {step}: not finite: {bad}. What was saved before it stays; begin again in a "
+                f"new workdir with a lower rate, e.g. --config.pretrain.lr=5e-4."
+            )
+    return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
+
+
+def write_result(path: Path, state: LearnState, recipe: Recipe, plan: Plan, story: Story) -> str:
+    """Writes the encoder with all that it takes to make it again; the file's sha256."""
+    params, batch_stats = jax.device_get((state.params["encoder"], state.batch_stats["encoder"]))
+    settings: dict[str, Any] = {"pretrain": dataclasses.asdict(recipe) | dataclasses.asdict(plan)}
+    made = provenance(settings | {"seed": recipe.seed})
+    made |= {
+        "architecture": recipe.architecture,
+        "steps": plan.steps,
+        "images": plan.steps * recipe.batch_size,
+        "seconds": round(story.seconds),
+        "devices": story.devices,
+    }
+    return write_weights(path, params, batch_stats, made)
