@@ -17,6 +17,7 @@ from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.models import pretrained, published
 from ccl_jax.models.trees import flatten, save_tree
+from ccl_jax.provenance import provenance
 from ccl_jax.scoring import architecture_of, load_scorer, map_settings_of
 from ccl_jax.state import (
     TRAINED,
@@ -102,6 +103,7 @@ def import_job(config: ConfigDict, workdir: Path) -> int:
 
     The optimizer starts anew: the released files hold the state of one that never stepped.
     """
+    refuse_used(workdir)
     architecture = architecture_of(config.to_dict())
     where = setup.devices_of(config)
     released = read_released(config.published.checkpoint, architecture)
@@ -116,17 +118,22 @@ def import_job(config: ConfigDict, workdir: Path) -> int:
         source = config.encoder.weights
         encoder = Path(scratch) / "encoder"
         key = purpose_key(jax.random.key(config.seed), "encoder", 0)
-        frozen, _ = obtain_encoder(encoder, source, architecture, key, fresh=True)
+        try:
+            frozen, _ = obtain_encoder(encoder, source, architecture, key, fresh=True)
+        except pretrained.HubError as error:
+            if released.encoder is None:
+                raise
+            raise ValueError(
+                f"{error.__cause__ or error}\n{source} could not be fetched and compared with the "
+                f"encoder inside the checkpoint; to take that one, use "
+                f"--config.encoder.weights={config.published.checkpoint}."
+            ) from error
         check_same_encoder(frozen, released.encoder, source, config.published.checkpoint)
         with (
             lock_workdir(workdir),
             Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
         ):
-            if checkpoints.latest is not None:
-                raise ValueError(
-                    f"{workdir} already holds a checkpoint; import into another folder, e.g. "
-                    f"--workdir={workdir}-imported."
-                )
+            refuse_used(workdir)
             shutil.copytree(encoder, workdir / "encoder", dirs_exist_ok=True)
             write_description(config, workdir, released)
             checkpoints.save(0, jax.device_put(state, mesh.replicated(where)))
@@ -135,6 +142,15 @@ def import_job(config: ConfigDict, workdir: Path) -> int:
         f"--job evaluate and --job predict take it from here"
     )
     return 0
+
+
+def refuse_used(workdir: Path) -> None:
+    """Raises ValueError where the workdir holds a checkpoint: it is somebody's training."""
+    if any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*")):
+        raise ValueError(
+            f"{workdir} already holds a checkpoint; import into another folder, e.g. "
+            f"--workdir={workdir}-imported."
+        )
 
 
 def write_description(config: ConfigDict, workdir: Path, released: Released) -> None:
@@ -165,6 +181,7 @@ def export_job(config: ConfigDict, workdir: Path) -> int:
     tensors = published.to_published(
         *(jax.device_get(tree) for tree in (scorer.params, scorer.batch_stats))
     )
-    save_tree(output, tensors)
+    made = provenance(values) | {"step": scorer.step, "workdir": str(workdir.absolute())}
+    save_tree(output, tensors, made)
     print(f"{output}: {len(tensors)} tensors of step {scorer.step}, in PyTorch's layout")
     return 0

@@ -230,6 +230,10 @@ def evaluate_and_print(
                 "seconds_before_evaluation": round(seconds, 3),
             },
         )
-    print(
-        f"\nstep {scorer.step}\n\n{report.markdown_table(results)}\n\n{folder}/report.html: figures"
-    )
+    lines = [f"step {scorer.step}\n\n{report.markdown_table(results)}\n"]
+    if config.eval.published_metrics:
+        names = " and ".join(config.eval.published_metrics)
+        lines.append(f"{folder}/results.md: also {names}")
+    pictures = ": figures" if config.eval.figures_per_class else ""
+    lines.append(f"{folder}/report.html{pictures}")
+    print("\n" + "\n".join(lines))

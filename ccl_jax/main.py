@@ -129,7 +129,8 @@ def read_config(path: str | None, words: Sequence[str]) -> configs.ConfigDict:
     if job == "import" and PUBLISHED_RECIPE.exists():
         return configs.read_config_file(PUBLISHED_RECIPE)
     if job in (*NEEDS_CONFIG, "import"):
-        raise ValueError(f"--job {job} needs a config, e.g. --config configs/demo.py.")
+        example = "pretrain" if job == "pretrain" else "demo"
+        raise ValueError(f"--job {job} needs a config, e.g. --config configs/{example}.py.")
     if workdir is None:
         raise ValueError(f"--job {job} needs a trained folder, e.g. --workdir runs/demo.")
     return configs.read_json(Path(workdir) / "config.json")

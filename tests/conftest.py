@@ -29,8 +29,11 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     from absl import flags
 
-    if config.getoption("golden"):
-        os.environ["CCL_JAX_GOLDEN"] = config.getoption("golden")
+    golden = config.getoption("golden")
+    if golden:
+        if not Path(golden, "index.json").is_file():
+            raise pytest.UsageError(f"--golden={golden} holds no index.json, so no recordings")
+        os.environ["CCL_JAX_GOLDEN"] = golden
     flags.FLAGS.mark_as_parsed()
     # A training step compiles for 20 seconds; tests that need the same one compile it once.
     cache = getattr(config, "cache", None)  # absent under -p no:cacheprovider

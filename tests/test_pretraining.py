@@ -1,4 +1,5 @@
 import dataclasses
+import hashlib
 import os
 import signal
 from pathlib import Path
@@ -12,7 +13,7 @@ from flax import nnx
 from ccl_jax import main, mesh
 from ccl_jax.models.initial import Draws
 from ccl_jax.models.pretrained import load_encoder
-from ccl_jax.models.trees import flatten, load_tree
+from ccl_jax.models.trees import flatten, load_tree, read_made
 from ccl_jax.pretraining import probe
 from ccl_jax.pretraining.images import Batch
 from ccl_jax.pretraining.learn import (
@@ -27,7 +28,7 @@ from ccl_jax.pretraining.learn import (
     shared_cross_entropy,
 )
 from ccl_jax.pretraining.run import WEIGHTS, check_recipe, mean_of, pretrain
-from ccl_jax.pretraining.weights import read_metadata, write_weights
+from ccl_jax.pretraining.weights import write_weights
 from ccl_jax.signals import StopRequest
 
 ROOT = Path(__file__).parent.parent
@@ -217,8 +218,14 @@ def test_the_command_line_pretrains_and_a_run_takes_the_result(straight, tmp_pat
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 
+def test_a_finished_run_called_again_leaves_its_file_alone(straight):
+    before = (straight / WEIGHTS).read_bytes()
+    assert run(straight) == hashlib.sha256(before).hexdigest()
+    assert (straight / WEIGHTS).read_bytes() == before
+
+
 def test_file_says_how_it_was_made(straight):
-    made = read_metadata(straight / WEIGHTS)
+    made = read_made(straight / WEIGHTS)
     assert made["steps"] == 4 and made["images"] == 32 and made["seed"] == 0
     assert made["config"]["pretrain"]["kinds"] == ["gratings", "tiles"]
     assert made["config"]["pretrain"]["decay_share"] == 0.5
@@ -297,13 +304,3 @@ def test_log_takes_the_mean_and_names_the_first_step_that_was_not_finite():
     rows = [{"loss": jnp.float32(value)} for value in (1, np.nan, 6)]
     with pytest.raises(FloatingPointError, match=r"step 8: .*--config\.pretrain\.lr="):
         mean_of(rows, 9)
-
-
-def test_metadata_of_another_program_is_left_as_text(tmp_path):
-    import safetensors.numpy
-
-    path = tmp_path / "other.safetensors"
-    safetensors.numpy.save_file({"a": np.zeros(1)}, path, metadata={"format": "pt"})
-    assert read_metadata(path) == {"format": "pt"}
-    (tmp_path / "no.pth").write_bytes(b"no such file")
-    assert read_metadata(tmp_path / "no.pth") == {}

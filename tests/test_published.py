@@ -1,6 +1,7 @@
 """Checkpoints of the released PyTorch code, in and out."""
 
 import json
+import os
 import re
 
 import jax
@@ -12,7 +13,7 @@ from ccl_jax import exchange, jobs, main
 from ccl_jax.models import network as networks
 from ccl_jax.models import pretrained, published
 from ccl_jax.models.torch_names import from_torch_layout, to_torch_layout
-from ccl_jax.models.trees import flatten
+from ccl_jax.models.trees import flatten, read_made
 from ccl_jax.predict import load_detector
 from tests.reference.goldens import OWN
 
@@ -94,19 +95,26 @@ def test_a_single_wrong_tensor_is_named(name, damage):
         lines = [f"misshapen  {name}: want {value.shape}, got {value.shape} of int32"]
     with pytest.raises(ValueError, match=r"^net\.pth does not fit") as error:
         published.from_published(tensors, *wanted, source="net.pth")
-    assert f"({len(lines)} differences)" in str(error.value)
+    message = str(error.value)
+    assert f"({len(lines)} difference{'s' * (len(lines) > 1)})" in message
     for line in lines:
-        assert line in str(error.value)
+        assert line in message
+    # The network is the right one; nothing suggests another.
+    assert "the file is incomplete" in message and "--config" not in message
 
 
-@pytest.mark.parametrize("value", [1e300, np.nan, 1 + 2j])
-def test_numbers_that_do_not_survive_as_float32_are_refused(value):
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [(1e300, "not finite"), (np.nan, "not finite"), (1 + 2j, "misshapen ")],
+)
+def test_numbers_that_do_not_survive_as_float32_are_refused(value, found):
     wanted, trees = tiny_network("plain")
     tensors = published.to_published(*trees)
     name = "net_s.layer3.0.bn1.bias"
     tensors[name] = np.full_like(tensors[name], value, dtype=type(value))
-    with pytest.raises(ValueError, match=rf"(?s)1 differences.*misshapen  {name}"):
+    with pytest.raises(ValueError, match=rf"(?s)1 difference\).*{found} {name}") as error:
         published.from_published(tensors, *wanted, source="net.pth")
+    assert ("The file is damaged" in str(error.value)) == (found == "not finite")
 
 
 def test_an_encoder_is_no_released_checkpoint(tmp_path):
@@ -121,6 +129,25 @@ def test_another_projector_is_recognised_and_the_setting_named(kind, other):
     wanted, _ = tiny_network(other)
     with pytest.raises(ValueError, match=f"--config.model.projector={kind}"):
         published.from_published(published.to_published(*trees), *wanted, source="net.pth")
+
+
+@pytest.mark.parametrize("architecture", ["resnet18", "resnet34", "resnet50", "wide_resnet50_2"])
+def test_another_encoder_is_recognised_and_the_setting_named(architecture):
+    _, *trees = networks.abstract_network(projector="plain", **(TINY | {"encoder": architecture}))
+    tensors = published.to_published(
+        *jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), trees)
+    )
+    other = "resnet34" if architecture != "resnet34" else "resnet18"
+    _, *wanted = networks.abstract_network(projector="plain", **(TINY | {"encoder": other}))
+    with pytest.raises(ValueError, match=f"the file's has the encoder '{architecture}'") as error:
+        published.from_published(tensors, *wanted, source="net.pth")
+    hints = [line for line in str(error.value).splitlines() if "--config" in line]
+    assert len(hints) == 1 and hints[0].endswith(f" --config.model.encoder={architecture}.")
+
+
+def test_an_encoder_that_nobody_knows_is_not_guessed():
+    assert published.encoder_name({"net_t.layer3.0.conv1.weight": (1, 1, 3, 3)}) is None
+    assert published.encoder_name({}) is None
 
 
 @pytest.mark.parametrize("architecture", ["resnet18", "resnet34", "wide_resnet50_2"])
@@ -252,6 +279,24 @@ def test_a_checkpoint_that_is_no_file_is_named(import_config, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_hub_out_of_reach_is_not_needed_for_a_checkpoint_with_encoder(
+    import_config, exported, tmp_path, monkeypatch
+):
+    def fetch(name):
+        raise pretrained.HubError("no network")
+
+    monkeypatch.setattr(pretrained, "_fetch", fetch)
+    import_config.encoder.weights = "hub:resnet18.a1_in1k"
+    message = complaint(import_config, tmp_path / "run")
+    assert message.startswith("no network")
+    assert f"use --config.encoder.weights={exported}." in message
+
+
+def test_the_folder_is_looked_at_before_anything_is_read(import_config, imported, monkeypatch):
+    monkeypatch.setattr(exchange, "read_released", lambda *_: pytest.fail("it was read"))
+    assert "already holds a checkpoint" in complaint(import_config, imported)
+
+
 def test_another_encoder_than_the_checkpoints_is_refused(import_config, exported, tmp_path):
     tensors = safetensors.numpy.load_file(exported)
     tensors["net_t.conv1.weight"] = tensors["net_t.conv1.weight"] + np.float32(0.25)
@@ -279,3 +324,12 @@ def test_a_checkpoint_without_encoder_needs_one_that_is_not_random(
 def test_an_export_holds_the_whole_network(exported):
     names = published.to_published(*tiny_network("depthwise")[1])
     assert safetensors.numpy.load_file(exported).keys() == names.keys()
+
+
+def test_an_export_says_where_it_comes_from_and_others_may_read_it(exported, trained):
+    made = read_made(exported)
+    assert made["step"] == 4 and made["workdir"] == str(trained)
+    assert {"commit", "command", "config", "versions"} <= made.keys()
+    mask = os.umask(0)
+    os.umask(mask)
+    assert exported.stat().st_mode & 0o777 == 0o666 & ~mask

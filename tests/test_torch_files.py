@@ -213,6 +213,16 @@ def test_truncated_file_is_named(torch, tmp_path, write, share):
         read_torch_file(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [(b"", "it is empty"), (b"<html>not found</html>", "does not start like a PyTorch file")],
+)
+def test_a_file_that_is_no_pickle_is_called_so(tmp_path, content, complaint):
+    (tmp_path / "m.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"m\.pth cannot be opened .*{complaint}"):
+        read_torch_file(tmp_path / "m.pth")
+
+
 def test_storage_shorter_than_announced_is_refused(torch, tmp_path):
     content, blobs = describe(torch, some_tensors())
     blobs["0"] = (6, blobs["0"][1][:-4])

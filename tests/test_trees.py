@@ -1,9 +1,17 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from safetensors import SafetensorError
 
-from ccl_jax.models.trees import check_same_tree, flatten, load_tree, save_tree, unflatten
+from ccl_jax.models.trees import (
+    check_same_tree,
+    flatten,
+    load_tree,
+    read_made,
+    save_tree,
+    unflatten,
+)
 
 TREE = {"a": {"kernel": np.zeros((2, 3), np.float32), "bias": np.ones(3, np.float32)}}
 
@@ -47,6 +55,21 @@ def test_saved_tree_reads_back_whatever_its_memory_order(tmp_path):
     assert again["b"].shape == ()
     assert again["b"] == 4
     assert [path.name for path in tmp_path.iterdir()] == ["tree.safetensors"]
+
+
+def test_file_says_how_it_was_made_in_the_same_bytes_each_time(tmp_path):
+    made = {"steps": 3, "kinds": ["a", "b"], "nothing": None}
+    files = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    for path in files:
+        save_tree(path, TREE, made)
+        assert read_made(path) == made
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_files_of_other_programs_say_nothing(tmp_path):
+    safetensors.numpy.save_file({"a": np.zeros(1)}, tmp_path / "b", metadata={"format": "pt"})
+    (tmp_path / "no.pth").write_bytes(b"no such file")
+    assert read_made(tmp_path / "b") == read_made(tmp_path / "no.pth") == {}
 
 
 def test_failed_save_leaves_the_old_file_and_no_draft(tmp_path):

@@ -27,6 +27,12 @@ __all__ = [
 ]
 
 HUB = "hub:"
+
+
+class HubError(ValueError):
+    """A model that is named by the hub's name could not be fetched."""
+
+
 RELEASED = "net_t."  # prefix of the encoder in a released RD+CCL checkpoint
 # In published files and of no use here: the classifier, the last stage, PyTorch's step counters.
 IGNORED = re.compile(r"^(fc|layer4)\.|num_batches_tracked$")
@@ -147,7 +153,7 @@ def _fetch(name: str) -> Path:
     try:
         return Path(hf_hub_download(repo_id=f"timm/{name}", filename="model.safetensors"))
     except Exception as error:  # the library's own, its HTTP client's, and the system's
-        raise ValueError(
+        raise HubError(
             f"config.encoder.weights='{HUB}{name}' could not be fetched "
             f"({type(error).__name__}: {error}). Without a network, run "
             f"`hf download timm/{name} model.safetensors --local-dir weights` on a machine that "

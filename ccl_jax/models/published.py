@@ -5,7 +5,8 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from ccl_jax.models.torch_names import fill, released_name, to_torch_layout
+from ccl_jax.models.resnet import ARCHITECTURES
+from ccl_jax.models.torch_names import fill, published_shape, released_name, to_torch_layout
 from ccl_jax.models.trees import Tree, flatten
 
 PREFIXES = {
@@ -30,6 +31,24 @@ def projector_kind(names: Iterable[str]) -> str:
     return "depthwise" if max(places) > 9 else "plain"
 
 
+def encoder_name(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
+    """The architecture of the encoder in a checkpoint of tensors of these names and shapes.
+
+    None where it is not a known one.
+    """
+    blocks = {name.split(".")[2] for name in shapes if name.startswith("net_t.layer3.")}
+    bottleneck = "net_t.layer1.0.conv3.weight" in shapes
+    width, *_ = shapes.get("net_t.layer1.0.conv2.weight", (0,))
+    for name, known in ARCHITECTURES.items():
+        if (known.depths[2], known.bottleneck, 64 * known.width_factor) == (
+            len(blocks),
+            bottleneck,
+            width,
+        ):
+            return name
+    return None
+
+
 def from_published(
     tensors: Mapping[str, np.ndarray], params: Tree, batch_stats: Tree, *, source: str
 ) -> tuple[Tree, Tree]:
@@ -47,21 +66,37 @@ def from_published(
             f"of the released code. The file of an encoder belongs in config.encoder.weights, e.g. "
             f"--config.encoder.weights={source}."
         )
-    kind = projector_kind(tensors)
     want = {"params": params, "batch_stats": batch_stats}
-    own = "none" if "projector" not in params else _own_kind(params)
-    hint = f"--config.model.projector={kind}"
-    if kind == own:
-        hint = "another --config.model.encoder, such as wide_resnet50_2"
+    depthwise = "projector" in params and _own_kind(params) == "depthwise"
+    shapes = {
+        released_name(path, depthwise=depthwise): published_shape(leaf.shape)
+        for path, leaf in flatten(params).items()
+    }
+    theirs = _settings({name: value.shape for name, value in tensors.items()})
+    other = {
+        name: value
+        for name, value in theirs.items()
+        if value and value != _settings(shapes).get(name)
+    }
+    fits = f"{source} does not fit this network"
+    fix = "It is of the same kind, so the file is incomplete, or has been added to."
+    if other:
+        fits += "; the file's has " + " and ".join(f"the {key} {other[key]!r}" for key in other)
+        hint = " ".join(f"--config.model.{name}={value}" for name, value in other.items())
+        fix = f"Use the network that the checkpoint was trained with: {hint}."
     filled = fill(
         want,
         {name: value for name, value in tensors.items() if not name.endswith(COUNTERS)},
-        lambda path: released_name(path, depthwise=own == "depthwise"),
-        fits=f"{source} does not fit this network of {len(flatten(want))} tensors with the "
-        f"projector {own!r}; the file's is {kind!r}",
-        fix=f"Use the network that the checkpoint was trained with, e.g. {hint}.",
+        lambda path: released_name(path, depthwise=depthwise),
+        fits=fits,
+        fix=fix,
     )
     return filled["params"], filled["batch_stats"]
+
+
+def _settings(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str | None]:
+    """What `config.model` must say for a checkpoint of tensors of these names and shapes."""
+    return {"encoder": encoder_name(shapes), "projector": projector_kind(shapes)}
 
 
 def to_published(params: Tree, batch_stats: Tree) -> dict[str, np.ndarray]:

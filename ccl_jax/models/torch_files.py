@@ -158,6 +158,12 @@ def _read_zip(archive: zipfile.ZipFile) -> dict[str, np.ndarray]:
 
 
 def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
+    start = file.read(2)
+    file.seek(0)
+    if not start:
+        raise ValueError("it is empty")
+    if start[:1] != pickle.PROTO:
+        raise ValueError("it does not start like a PyTorch file")
     if _Inert(file).load() != LEGACY_MAGIC:
         raise ValueError("it does not start like a PyTorch file")
     _Inert(file).load()  # protocol version

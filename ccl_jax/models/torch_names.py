@@ -88,10 +88,11 @@ def fill(
     path below those two keys to its name in `found`.
 
     Raises:
-        ValueError: "`fits` (n differences)", all missing, unexpected and misshapen tensors, `fix`.
+        ValueError: "`fits` (n differences)", all missing, unexpected, misshapen and
+            not finite tensors, `fix`.
     """
     names = {path: name_of(path.partition("/")[2]) for path in flatten(want)}
-    leaves, misshapen = {}, []
+    leaves, misshapen, infinite = {}, [], []
     for path, leaf in flatten(want).items():
         if names[path] not in found:
             continue
@@ -100,21 +101,24 @@ def fill(
         turned = from_torch_layout(value, transposed=len(shape) == 4 and shape[:2] == _UPSAMPLING)
         if turned.shape != shape or value.dtype.name not in FLOATS:
             misshapen.append(
-                f"{names[path]}: want {_published(shape)}, got {value.shape} of {value.dtype}"
+                f"{names[path]}: want {published_shape(shape)}, got {value.shape} of {value.dtype}"
             )
             continue
         with np.errstate(over="ignore"):  # noticed in the next line
             leaves[path] = np.asarray(turned, dtype=leaf.dtype, order="C")
         if not np.isfinite(leaves[path]).all():
-            misshapen.append(f"{names[path]}: NaN or infinite as {leaf.dtype}")
+            infinite.append(f"{names[path]}: NaN or infinite as {leaf.dtype}")
     problems = {
         "missing": sorted(set(names.values()) - found.keys()),
         "unexpected": sorted(found.keys() - set(names.values())),
         "misshapen": misshapen,
+        "not finite": infinite,
     }
-    if any(problems.values()):
-        number = sum(map(len, problems.values()))
-        lines = [f"{fits} ({number} differences):", *_listed(problems), fix]
+    number = sum(map(len, problems.values()))
+    if number:
+        if number == len(infinite):
+            fix = "The file is damaged, or was saved by a training that had diverged."
+        lines = [f"{fits} ({number} difference{'s' * (number > 1)}):", *_listed(problems), fix]
         raise ValueError("\n".join(lines))
     return unflatten(leaves)
 
@@ -128,6 +132,6 @@ def _listed(problems: Mapping[str, list[str]]) -> list[str]:
     return lines
 
 
-def _published(shape: tuple[int, ...]) -> tuple[int, ...]:
+def published_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """A leaf's shape as PyTorch writes it."""
     return to_torch_layout(np.broadcast_to(np.float32(0), shape)).shape

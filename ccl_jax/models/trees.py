@@ -1,5 +1,6 @@
 """Nested dicts of arrays: compared before they are used, and kept in safetensors files."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,9 +9,10 @@ from typing import Any
 import jax
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 Tree = dict[str, Any]
+MADE = "ccl_jax"  # key of what a file says about its origin
 
 
 def flatten(tree: Any) -> dict[str, Any]:
@@ -56,16 +58,30 @@ def check_same_tree(want: Any, got: Any, what: str) -> None:
         )
 
 
-def save_tree(path: str | Path, tree: Tree) -> None:
-    """Writes nested dicts of arrays as one safetensors file, in one atomic step."""
+def save_tree(path: str | Path, tree: Tree, made: Mapping[str, Any] | None = None) -> None:
+    """Writes nested dicts of arrays as one safetensors file, in one atomic step.
+
+    `made` says how the content came about, in values that JSON can hold; `read_made` returns it.
+    """
     path = Path(path)
     leaves = {name: np.asarray(leaf, order="C") for name, leaf in flatten(tree).items()}
+    # One text: several would be written in another order each time.
+    metadata = None if made is None else {MADE: json.dumps(made)}
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        safetensors.numpy.save_file(leaves, draft)
+        draft.write_bytes(safetensors.numpy.save(leaves, metadata))
         os.replace(draft, path)
     finally:
         draft.unlink(missing_ok=True)
+
+
+def read_made(path: str | Path) -> dict[str, Any]:
+    """What a file of save_tree says about how it was made; {} where it is none or says nothing."""
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return json.loads((file.metadata() or {}).get(MADE, "{}"))
+    except SafetensorError:
+        return {}
 
 
 def load_tree(path: str | Path) -> Tree:

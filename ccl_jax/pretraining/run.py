@@ -17,6 +17,8 @@ import jax
 
 from ccl_jax import mesh
 from ccl_jax.checkpoint import Checkpoints
+from ccl_jax.models.pretrained import sha256_of
+from ccl_jax.models.trees import read_made
 from ccl_jax.pretraining.images import check_batch
 from ccl_jax.pretraining.learn import (
     LearnState,
@@ -95,7 +97,12 @@ def pretrain(
                     break
     if done < plan.steps:
         return None
-    return write_result(workdir / WEIGHTS, state, recipe, plan, story)
+    result = workdir / WEIGHTS
+    settings = dataclasses.asdict(recipe) | dataclasses.asdict(plan)
+    same = json.loads(json.dumps({"pretrain": settings, "seed": recipe.seed}))
+    if result.exists() and read_made(result).get("config") == same:
+        return sha256_of(result)  # an earlier call has written it
+    return write_result(result, state, settings, story)
 
 
 class Story:
@@ -217,15 +224,14 @@ def mean_of(pending: list[Scalars], done: int) -> dict[str, float]:
     return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
 
 
-def write_result(path: Path, state: LearnState, recipe: Recipe, plan: Plan, story: Story) -> str:
+def write_result(path: Path, state: LearnState, settings: dict[str, Any], story: Story) -> str:
     """Writes the encoder with all that it takes to make it again; the file's sha256."""
     params, batch_stats = jax.device_get((state.params["encoder"], state.batch_stats["encoder"]))
-    settings: dict[str, Any] = {"pretrain": dataclasses.asdict(recipe) | dataclasses.asdict(plan)}
-    made = provenance(settings | {"seed": recipe.seed})
+    made = provenance({"pretrain": settings, "seed": settings["seed"]})
     made |= {
-        "architecture": recipe.architecture,
-        "steps": plan.steps,
-        "images": plan.steps * recipe.batch_size,
+        "architecture": settings["architecture"],
+        "steps": settings["steps"],
+        "images": settings["steps"] * settings["batch_size"],
         "seconds": round(story.seconds),
         "devices": story.devices,
     }

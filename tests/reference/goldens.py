@@ -28,8 +28,15 @@ def folder() -> Path:
 
 
 def index(where: Path | None = None) -> dict[str, dict]:
-    """The description of every golden of a folder, by name."""
-    entries = json.loads(((where or folder()) / "index.json").read_text())["files"]
+    """The description of every golden of a folder, by name.
+
+    Raises:
+        FileNotFoundError: where the folder has no index.json.
+    """
+    path = (where or folder()) / "index.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: --golden needs a folder of recordings")
+    entries = json.loads(path.read_text())["files"]
     return {entry["file"].removesuffix(".npz"): entry for entry in entries}
 
 

@@ -34,6 +34,7 @@ from tests.reference.views import PUBLISHED, any_view, ours, picture
 
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 HEADER = ("component", "compared with", "numbers", "float32", "float64", "largest difference in")
+VIEW = "second view"  # compared with formulas
 Row = tuple[str, ...]
 
 
@@ -54,7 +55,7 @@ def rows(only: str) -> Iterator[Row]:
         for name in goldens.names(pattern):
             if fnmatch.fnmatch(name, only):
                 yield measure(f"{what} ({kind})", name, compute)
-    if fnmatch.fnmatch("second view", only):
+    if fnmatch.fnmatch(VIEW, only):
         yield measure("second view (absolute)", "formulas, 24 orders x 3 shapes", view_differences)
 
 
@@ -133,6 +134,14 @@ def main(words: list[str] | None = None) -> None:
     arguments = parser.parse_args(words)
     if arguments.golden:
         os.environ[goldens.VARIABLE] = arguments.golden
+    if arguments.write and arguments.only != "*":
+        parser.error("--only makes a part of the table, and --write needs the whole one")
+    try:
+        known = [*goldens.names("*"), VIEW]
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    if not fnmatch.filter(known, arguments.only):
+        parser.error(f"--only={arguments.only} matches none of {', '.join(known)}")
     table = markdown(list(rows(arguments.only)))
     if arguments.write is None:
         print(table)
