@@ -20,8 +20,8 @@ def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
             "data": data(),
             "synthetic": synthetic(),
             "encoder": {
-                # "random"; a .safetensors or .pth file in timm or torchvision naming; or
-                # "hub:NAME", a timm model on the hub, e.g. "hub:wide_resnet50_2.racm_in1k".
+                # "builtin", a resnet18 learned from procedural images; "random"; a .safetensors or
+                # .pth file in timm or torchvision naming; or "hub:NAME", a timm model on the hub.
                 "weights": "hub:wide_resnet50_2.racm_in1k",
             },
             "model": model(),
@@ -185,12 +185,12 @@ def published() -> dict:
 def pretrain() -> dict:
     """An encoder's own training, on procedural images (`--job pretrain`)."""
     return {
-        "kinds": ("networks", "gratings", "noise", "leaves", "tiles"),  # equally many of each
-        "per_kind": 128,  # classes of each kind
+        "kinds": ("networks",),  # also "gratings", "noise", "leaves", "tiles": equally many of each
+        "per_kind": 2048,  # classes of each kind
         "image_size": 64,  # pixels, a multiple of 16
         "composite": False,  # two pictures in one image
         "dense": False,  # a class at every position; False: of the pooled maps
-        "head_weights": (0.3, 0.3, 1.0),  # of the losses on stages 1 to 3
+        "head_weights": (0.0, 0.0, 1.0),  # of the losses on stages 1 to 3
         "label_smoothing": 0.1,  # share of the target that all classes get alike
         "batch_size": 80,  # images over all devices; a multiple of kinds times devices
         "lr": 1e-3,  # of AdamW, at its highest

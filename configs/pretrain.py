@@ -1,4 +1,4 @@
-"""The shipped encoder: learned from procedural images by `--job pretrain`, without any data set."""
+"""An encoder learned from procedural images by `--job pretrain`, without any data set."""
 
 from ml_collections import config_dict
 
@@ -6,7 +6,7 @@ from configs import default
 
 
 def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
-    """Returns the config that the shipped weights were made with; see its section `pretrain`."""
+    """Returns the config that encoder.weights="builtin" comes from; see its section `pretrain`."""
     config = default.get_config(method)
     config.name = "pretrain"
     config.model.encoder = "resnet18"
