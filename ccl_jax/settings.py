@@ -1,5 +1,6 @@
 """A config taken apart into the plain values and objects that the layers below work with."""
 
+import dataclasses
 from typing import Any
 
 from ccl_jax.config import ConfigDict
@@ -48,28 +49,13 @@ def loss_settings(config: ConfigDict) -> LossSettings:
 
 def pretraining_of(config: ConfigDict) -> tuple[Recipe, Plan]:
     """What a pretraining learns, and for how long."""
-    pretrain = config.pretrain
+    values = config.pretrain.to_dict()
+    plan = Plan(**{field.name: values.pop(field.name) for field in dataclasses.fields(Plan)})
     recipe = Recipe(
         architecture=config.model.encoder,
         compute_dtype=config.model.compute_dtype,
         seed=config.seed,
-        kinds=pretrain.kinds,
-        per_kind=pretrain.per_kind,
-        image_size=pretrain.image_size,
-        composite=pretrain.composite,
-        dense=pretrain.dense,
-        head_weights=pretrain.head_weights,
-        label_smoothing=pretrain.label_smoothing,
-        batch_size=pretrain.batch_size,
-        lr=pretrain.lr,
-        weight_decay=pretrain.weight_decay,
-        warmup_steps=pretrain.warmup_steps,
-    )
-    plan = Plan(
-        steps=pretrain.steps,
-        decay_share=pretrain.decay_share,
-        checkpoint_every=pretrain.checkpoint_every,
-        log_every=pretrain.log_every,
+        **values,
     )
     return recipe, plan
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from ccl_jax.config import ConfigDict, flatten
 from ccl_jax.metrics.conventions import CONVENTIONS
+from ccl_jax.models.pretrained import check_builtin
 
 PICTURES = ("networks", "gratings", "noise", "leaves", "tiles")  # of the pretraining
 ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
@@ -131,7 +132,7 @@ def _model(p: Problems) -> None:
     p.check(
         "encoder.weights",
         is_weights_source,
-        '"random", "hub:NAME", or a .safetensors, .pth, .pt or .bin file',
+        '"builtin", "random", "hub:NAME", or a .safetensors, .pth, .pt or .bin file',
         "hub:wide_resnet50_2.racm_in1k",
     )
 
@@ -142,7 +143,7 @@ def is_weights_source(value: Any) -> bool:
         return False
     endings = (".safetensors", ".pth", ".pt", ".bin")
     return (
-        value == "random"
+        value in ("builtin", "random")
         or (value.startswith("hub:") and len(value) > 4)
         or value.lower().endswith(endings)
     )
@@ -238,12 +239,21 @@ def _pretrain(p: Problems) -> None:
         "three numbers >= 0, not all 0",
         "'(0.3, 0.3, 1.0)'",
     )
-    for key, example in (("per_kind", 128), ("batch_size", 80), ("steps", 9000)):
-        p.integer(f"pretrain.{key}", 1, example)
-    for key, example in (("checkpoint_every", 200), ("log_every", 50)):
+    for key, example in (
+        ("per_kind", 128),
+        ("batch_size", 80),
+        ("steps", 9000),
+        ("checkpoint_every", 200),
+        ("log_every", 50),
+    ):
         p.integer(f"pretrain.{key}", 1, example)
     p.integer("pretrain.warmup_steps", 0, 200)
-    p.integer("pretrain.image_size", 32, 64)
+    p.check(
+        "pretrain.image_size",
+        lambda v: is_integer(v) and v >= 32 and v % 16 == 0,
+        "a multiple of 16, the stride of the coarsest map, from 32 on",
+        64,
+    )
     p.number("pretrain.lr", 0.0, 10.0, 1e-3, above=True)
     p.number("pretrain.weight_decay", 0.0, 10.0, 0.05)
     p.number("pretrain.label_smoothing", 0.0, 0.9, 0.1)
@@ -264,6 +274,11 @@ def _together(p: Problems, config: ConfigDict) -> None:
     """Settings that are legal alone and not together."""
     if config.train.steps == 0 and config.train.epochs == 0:
         p.lines.append("config.train.steps and config.train.epochs are both 0; set one of them.")
+    if config.encoder.weights == "builtin":
+        try:
+            check_builtin(config.model.encoder)
+        except ValueError as error:
+            p.lines.append(str(error))
     total = config.loss.cosine.weight + config.loss.local.weight + config.loss.global_.weight
     if total == 0:
         p.lines.append("all of config.loss.*.weight are 0; nothing would be trained.")

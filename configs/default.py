@@ -186,7 +186,7 @@ def pretrain() -> dict:
     """An encoder's own training, on procedural images (`--job pretrain`)."""
     return {
         "kinds": ("networks",),  # also "gratings", "noise", "leaves", "tiles": equally many of each
-        "per_kind": 2048,  # classes of each kind
+        "per_kind": 640,  # classes of each kind
         "image_size": 64,  # pixels, a multiple of 16
         "composite": False,  # two pictures in one image
         "dense": False,  # a class at every position; False: of the pooled maps
@@ -196,7 +196,7 @@ def pretrain() -> dict:
         "lr": 1e-3,  # of AdamW, at its highest
         "weight_decay": 0.05,  # of AdamW, on kernels
         "warmup_steps": 200,  # over which the rate rises
-        "steps": 9000,  # more steps go on from before the rate fell
+        "steps": 1250,  # more steps go on from before the rate fell
         "decay_share": 0.25,  # of the steps, the last ones, over which the rate falls to zero
         "checkpoint_every": 200,  # steps
         "log_every": 50,  # steps between lines in the log

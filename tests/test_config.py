@@ -28,7 +28,7 @@ def test_every_setting_is_read_somewhere_in_the_package():
         for path in (ROOT / "ccl_jax").rglob("*.py")
         if path.name != "validation.py"  # which names them all
     )
-    handed_on = ("synthetic.", "augment.")  # whole sections, as keyword arguments
+    handed_on = ("synthetic.", "augment.", "pretrain.")  # whole sections, as keyword arguments
     # The names that a section or its last key goes by where it is read.
     aliases = {"loss.global_": "global_", "loss.local": "local", "loss.cosine": "cosine"}
     unread = []
@@ -120,6 +120,19 @@ BAD = {
     "eval.figures_per_class": -1,
     "eval.step": -2,
     "predict.batch_size": 0,
+    "pretrain.kinds": ("photos",),
+    "pretrain.per_kind": 0,
+    "pretrain.image_size": 40,
+    "pretrain.head_weights": (0.0, 0.0, 0.0),
+    "pretrain.label_smoothing": 1.0,
+    "pretrain.batch_size": 0,
+    "pretrain.lr": 0.0,
+    "pretrain.weight_decay": -1.0,
+    "pretrain.warmup_steps": -1,
+    "pretrain.steps": 0,
+    "pretrain.decay_share": 1.0,
+    "pretrain.checkpoint_every": 0,
+    "pretrain.log_every": 0,
     "run.devices": -1,
     "run.threads": 0,
     "run.workers": -1,
@@ -150,6 +163,7 @@ def test_all_illegal_values_are_told_at_once():
         ({"train.steps": 0, "train.epochs": 0}, "both 0"),
         ({"model.projector": "none"}, "local loss nothing to train"),
         ({"eval.pool": 200}, "larger than the score map"),
+        ({"model.encoder": "resnet34"}, "add --config.model.encoder=resnet18"),  # builtin
         ({"augment.blur_kernel": 301}, "reaches beyond"),
         (
             {"loss.cosine.weight": 0.0, "loss.local.weight": 0.0, "loss.global_.weight": 0.0},

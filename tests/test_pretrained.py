@@ -173,7 +173,7 @@ def test_unreachable_hub_says_how_to_do_without(monkeypatch):
     with pytest.raises(ValueError, match="no route") as caught:
         pretrained.load_encoder("hub:resnet18.a1_in1k", "resnet18", *wanted())
     assert "hf download timm/resnet18.a1_in1k" in str(caught.value)
-    assert "--config.encoder.weights=" in str(caught.value)
+    assert "--config.encoder.weights=builtin --config.model.encoder=resnet18" in str(caught.value)
 
 
 def test_saved_encoder_reads_back_bit_for_bit(tmp_path):

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 
 from ccl_jax.models.torch_files import read_torch_file
 from ccl_jax.models.torch_names import fill, torch_name
-from ccl_jax.models.trees import Tree, check_same_tree, flatten, load_tree, save_tree
+from ccl_jax.models.trees import Tree, check_same_tree, flatten, load_tree, read_made, save_tree
 
 __all__ = [
     "check_same_tree",
@@ -27,15 +27,20 @@ __all__ = [
 ]
 
 HUB = "hub:"
-
-
-class HubError(ValueError):
-    """A model that is named by the hub's name could not be fetched."""
+BUILTIN = "builtin"
+BUILTIN_ARCHITECTURE = "resnet18"
+# Learned from procedural images alone by --job pretrain; its header says how.
+BUILTIN_FILE = Path(__file__).parent / "resnet18_procedural.safetensors"
+BUILTIN_SHA256 = "927d0e9a9f4847ef193a4296665dade89477dc55bbc1c85d432b043ba6ab2f56"
 
 
 RELEASED = "net_t."  # prefix of the encoder in a released RD+CCL checkpoint
 # In published files and of no use here: the classifier, the last stage, PyTorch's step counters.
 IGNORED = re.compile(r"^(fc|layer4)\.|num_batches_tracked$")
+
+
+class HubError(ValueError):
+    """A model that is named by the hub's name could not be fetched."""
 
 
 def load_encoder(
@@ -44,19 +49,26 @@ def load_encoder(
     """Encoder parameters and statistics from a file or the hub, and where they came from.
 
     `source` is a .safetensors, .pth or .pt file in timm or torchvision naming, or a released RD+CCL
-    checkpoint, or "hub:NAME" for a timm model. `params` and `batch_stats` are the encoder's own
-    trees, of arrays or shapes; the results have their paths, shapes and dtypes, as NumPy arrays.
-    The provenance holds the source, the file, its sha256, and the number of tensors taken.
+    checkpoint, or "hub:NAME" for a timm model, or "builtin" for the ResNet-18 of the package.
+    `params` and `batch_stats` are the encoder's own trees, of arrays or shapes; the results have
+    their paths, shapes and dtypes, as NumPy arrays. The provenance holds the source, the file, its
+    sha256, the number of tensors taken, and what the file says about how it was made.
 
     Raises:
         ValueError: listing what is missing, unexpected or misshapen; or where the file cannot be
             read, or the hub not be reached.
     """
-    path = _fetch(source.removeprefix(HUB)) if source.startswith(HUB) else Path(source)
+    if source == BUILTIN:
+        check_builtin(architecture)
+        path = _builtin_file()
+    elif source.startswith(HUB):
+        path = _fetch(source.removeprefix(HUB))
+    else:
+        path = Path(source)
     if not path.is_file():
         raise ValueError(
-            f'config.encoder.weights={source!r} is neither a file, nor "random", nor '
-            '"hub:NAME"; give the path of a .safetensors or .pth file, e.g. '
+            f'config.encoder.weights={source!r} is neither a file, nor "builtin", "random" '
+            'or "hub:NAME"; give the path of a .safetensors or .pth file, e.g. '
             "--config.encoder.weights=/data/weights/model.safetensors."
         )
     found = encoder_tensors(read_tensors(path, "config.encoder.weights"))
@@ -76,7 +88,19 @@ def load_encoder(
         "sha256": sha256_of(path),
         "tensors": len(found),
     }
+    if made := read_made(path):
+        provenance["made"] = made
     return filled["params"], filled["batch_stats"], provenance
+
+
+def check_builtin(architecture: str) -> None:
+    """Raises ValueError where the encoder that comes with the package is of another kind."""
+    if architecture != BUILTIN_ARCHITECTURE:
+        raise ValueError(
+            f"config.encoder.weights='{BUILTIN}' is a {BUILTIN_ARCHITECTURE}, and "
+            f"config.model.encoder is {architecture!r}; add "
+            f"--config.model.encoder={BUILTIN_ARCHITECTURE}."
+        )
 
 
 def encoder_tensors(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -146,6 +170,15 @@ def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
         ) from error
 
 
+def _builtin_file() -> Path:
+    if not BUILTIN_FILE.is_file() or sha256_of(BUILTIN_FILE) != BUILTIN_SHA256:
+        raise ValueError(
+            f"{BUILTIN_FILE}, a part of ccl_jax, is missing or damaged; install it again: "
+            f"pip install --force-reinstall --no-deps <where you got ccl_jax>."
+        )
+    return BUILTIN_FILE
+
+
 def _fetch(name: str) -> Path:
     """The weights file of a timm model, downloaded or from the local cache."""
     from huggingface_hub import hf_hub_download  # slow to import, and seldom needed
@@ -158,7 +191,8 @@ def _fetch(name: str) -> Path:
             f"({type(error).__name__}: {error}). Without a network, run "
             f"`hf download timm/{name} model.safetensors --local-dir weights` on a machine that "
             "has one, copy the file here, and use --config.encoder.weights=weights/"
-            "model.safetensors; or use --config.encoder.weights=random."
+            "model.safetensors; or use what comes with the package, "
+            f"--config.encoder.weights={BUILTIN} --config.model.encoder={BUILTIN_ARCHITECTURE}."
         ) from error
 
 

@@ -154,7 +154,10 @@ def _gratings(law: Lot, key: jax.Array, size: int) -> Picture:
 
 
 def _noise(law: Lot, key: jax.Array, size: int) -> Picture:
-    """Noise with a spectrum and a tone curve of the class: clouds, grains, fibres, veins."""
+    """Noise with a spectrum and a tone curve of the class: clouds, grains, fibres, veins.
+
+    Its frequencies count per 64 pixels, so a larger image shows more of it, and not larger.
+    """
     own = Lot(key, 32)
     angle = law.between(0, math.pi) + own.between(-0.5, 0.5)
     zoom = jnp.exp(own.between(-0.25, 0.25))
@@ -234,6 +237,7 @@ def _tiles(law: Lot, key: jax.Array, size: int) -> Picture:
     return _painted(law, own, jnp.stack([motif, core, shade], -1))
 
 
+# Only add at the end: the position is a part of the law of every class.
 KINDS: dict[str, Callable[[Lot, jax.Array, int], Picture]] = {
     "networks": _networks,
     "gratings": _gratings,
@@ -303,7 +307,7 @@ def _photographed(key: jax.Array, image: Picture) -> Picture:
     image = image * light[..., None] * (1 + own.between(-0.1, 0.1, 3))
     middle = own.between(0.3, 0.6)
     image = middle + (image - middle) * own.between(0.6, 1.2)
-    near = own.between(-0.15, 0.3).clip(0)  # weight of either neighbour; half of them stay sharp
+    near = own.between(-0.15, 0.3).clip(0)  # weight of either neighbour; a third stay sharp
     for axis_number in (0, 1):
         ends = [(1, 1) if n == axis_number else (0, 0) for n in range(3)]
         padded = jnp.pad(image, ends, mode="edge")

@@ -24,11 +24,13 @@ from ccl_jax.pretraining.images import Batch, draw_batch
 from ccl_jax.state import purpose_key
 
 Scalars = dict[str, Array]
+ADAM_B2 = 0.99  # of AdamW: a run of few thousand steps needs a shorter memory than 0.999
+CLIP_NORM = 1.0  # of all gradients together
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What is learned: all that fixes a step but its number."""
+    """What is learned: all that fixes a step but its number and its rate (see Plan)."""
 
     architecture: str
     compute_dtype: str
@@ -137,8 +139,8 @@ def make_optimizer(recipe: Recipe, plan: Plan) -> optax.GradientTransformation:
     """AdamW behind a clip; vectors (biases, normalisation) do not decay."""
     kernels = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     rate = learning_rate(recipe, plan)
-    adam = optax.adamw(rate, b2=0.99, weight_decay=recipe.weight_decay, mask=kernels)
-    return optax.chain(optax.clip_by_global_norm(1.0), adam)
+    adam = optax.adamw(rate, b2=ADAM_B2, weight_decay=recipe.weight_decay, mask=kernels)
+    return optax.chain(optax.clip_by_global_norm(CLIP_NORM), adam)
 
 
 def shared_cross_entropy(

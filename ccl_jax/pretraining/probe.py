@@ -1,13 +1,14 @@
 """How well an encoder's plain features find defects, without any training: a cheap comparison.
 
-    python -m ccl_jax.pretraining.probe --weights FILE --data ROOT [--size 128] [--classes a b]
+    python -m ccl_jax.pretraining.probe --weights builtin --data ROOT [--size 128] [--classes a b]
 
 Every position of a test image is compared with positions of the normal training images of its class
-(as PatchCore does, arXiv 2106.08265, with a random instead of a chosen memory). `--weights random`
-takes the encoder that `config.encoder.weights="random"` would.
+(as PatchCore does, arXiv 2106.08265, with a random instead of a chosen memory). `--weights` takes
+what `config.encoder.weights` does; "random" gives the encoder of a training with the same seed.
 """
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from ccl_jax.data.records import Record, read_image, read_mask
 from ccl_jax.metrics.scores import auroc
 from ccl_jax.models.pretrained import load_encoder
 from ccl_jax.pretraining.learn import abstract_encoder
-from ccl_jax.state import Architecture
+from ccl_jax.state import Architecture, purpose_key
 
 METRICS = ("image_auroc", "pixel_auroc")
 CHUNK = 16  # images that pass the encoder at once
@@ -52,6 +53,9 @@ def probe(
     for label, name in enumerate(split.class_names):
         train = [record for record in split.train if record.label == label][: bounds.images]
         test = [record for record in split.test if record.label == label]
+        if not test:
+            results[name] = dict.fromkeys(METRICS)
+            continue
         memory = np.concatenate(list(_in_chunks(features, train, size)))
         memory = memory.reshape(-1, memory.shape[-1])
         chosen = np.random.default_rng(0).permutation(len(memory))[: bounds.memory]
@@ -118,11 +122,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return float(np.mean(known)) if known else None
 
 
-def encoder_of(weights: str, architecture: str) -> tuple[Any, Any]:
+def encoder_of(weights: str, architecture: str, seed: int = 42) -> tuple[Any, Any]:
     """Parameters and statistics of what `config.encoder.weights` takes."""
     if weights == "random":
         plan = Architecture("rd", architecture, "none", "float32")
-        trees = jax.jit(plan.random_encoder)(jax.random.key(42))
+        key = purpose_key(jax.random.key(seed), "encoder", 0)
+        trees = jax.jit(plan.random_encoder)(key)
         return trees[0], trees[1]
     _, params, batch_stats = abstract_encoder(architecture)
     return load_encoder(weights, architecture, params, batch_stats)[:2]
@@ -131,19 +136,24 @@ def encoder_of(weights: str, architecture: str) -> tuple[Any, Any]:
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--weights", required=True, help='a .safetensors file, or "random"')
+    parser.add_argument("--weights", required=True, help="as config.encoder.weights")
     parser.add_argument("--data", required=True, type=Path, help="folder in MVTec AD layout")
     parser.add_argument("--size", type=int, default=128, help="pixels")
     parser.add_argument("--classes", nargs="*", default=(), help="names; all where left out")
     parser.add_argument("--architecture", default="resnet18")
+    parser.add_argument("--seed", type=int, default=42, help="of random weights")
     values = parser.parse_args(words)
-    results = probe(
-        *encoder_of(values.weights, values.architecture),
-        read_mvtec(values.data, classes=values.classes),
-        architecture=values.architecture,
-        size=values.size,
-        bounds=Bounds(images=60, memory=4096),
-    )
+    try:
+        results = probe(
+            *encoder_of(values.weights, values.architecture, values.seed),
+            read_mvtec(values.data, classes=values.classes),
+            architecture=values.architecture,
+            size=values.size,
+            bounds=Bounds(images=60, memory=4096),
+        )
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(markdown_table(results))
     return 0
 

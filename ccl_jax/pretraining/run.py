@@ -36,6 +36,12 @@ from ccl_jax.signals import StopRequest
 from ccl_jax.state import purpose_key
 
 WEIGHTS = "encoder.safetensors"
+# Settings of a recipe that stand elsewhere than in config.pretrain.
+SETTINGS = {
+    "architecture": "config.model.encoder",
+    "compute_dtype": "config.model.compute_dtype",
+    "seed": "config.seed",
+}
 
 
 def pretrain(
@@ -62,10 +68,12 @@ def pretrain(
     story = Story.open(workdir, recipe)
     with (
         Checkpoints(workdir / "checkpoints", keep=1) as constant,
-        Checkpoints(workdir / f"decay-{plan.steps}", keep=1) as falling,
+        Checkpoints(workdir / f"decay-{plan.decay_start}-{plan.steps}", keep=1) as falling,
     ):
         state = restored(recipe, plan, constant, falling, where)
         done = int(state.step)
+        if done < plan.steps:
+            story.start(done, where)
         with RunLog(
             workdir / "log",
             total_steps=plan.steps,
@@ -81,9 +89,9 @@ def pretrain(
             )
             pending: list[Scalars] = []
             for number in range(done + 1, plan.steps + 1):
-                jax.block_until_ready(pending[-1:])  # one step is computed while the next is sent
                 state, scalars = step(state)
                 pending.append(scalars)
+                jax.block_until_ready(pending[-2:-1])  # one step is computed, the next one sent
                 done = number
                 log.advance(done)
                 ends = stop.signal is not None or done == plan.steps
@@ -97,44 +105,46 @@ def pretrain(
                     break
     if done < plan.steps:
         return None
-    result = workdir / WEIGHTS
-    settings = dataclasses.asdict(recipe) | dataclasses.asdict(plan)
-    same = json.loads(json.dumps({"pretrain": settings, "seed": recipe.seed}))
-    if result.exists() and read_made(result).get("config") == same:
-        return sha256_of(result)  # an earlier call has written it
-    return write_result(result, state, settings, story)
+    return write_result(workdir / WEIGHTS, state, recipe, plan, story)
 
 
 class Story:
-    """What a folder was begun with, and for how long and on which devices it has computed."""
+    """What a folder was begun with, where and for how long it has computed; in its `story.json`."""
 
-    def __init__(self, path: Path, recipe: Recipe, seconds: float, devices: list[str]) -> None:
-        self.path, self.recipe, self.devices = path, recipe, devices
+    def __init__(self, path: Path, recipe: Recipe, seconds: float, starts: list[Any]) -> None:
+        self.path, self.recipe, self.starts = path, recipe, starts
         self._before, self._start = seconds, time.perf_counter()
 
     @classmethod
     def open(cls, workdir: Path, recipe: Recipe) -> "Story":
         """Reads `workdir/story.json`, or begins one; ValueError where it tells another recipe."""
         path = workdir / "story.json"
-        device = jax.devices()[0].device_kind
         if not path.exists():
             workdir.mkdir(parents=True, exist_ok=True)
-            return cls(path, recipe, 0.0, [device])
+            return cls(path, recipe, 0.0, [])
         old = json.loads(path.read_text())
-        new = json.loads(json.dumps(dataclasses.asdict(recipe)))
+        new = as_json(recipe)
         differ = [
-            f"{name}: {old['recipe'].get(name)!r} -> {value!r}"
-            for name, value in new.items()
-            if old["recipe"].get(name) != value
+            f"{SETTINGS.get(name, f'config.pretrain.{name}')}: {before!r} -> {new.get(name)!r}"
+            for name, before in old["recipe"].items()
+            if before != new.get(name)
         ]
-        if differ:
-            lines = "\n  ".join(differ)
+        if differ or old["recipe"].keys() != new.keys():
+            lines = "\n  ".join(differ or ["by another version of ccl_jax"])
             raise ValueError(
-                f"{workdir} was begun with another config.pretrain:\n  {lines}\nUse the settings "
+                f"{workdir} was begun with other settings:\n  {lines}\nUse the settings "
                 f"of {path}, or another folder, e.g. --workdir={workdir}-2."
             )
-        devices = old["devices"] + [device] * (device not in old["devices"])
-        return cls(path, recipe, old["seconds"], devices)
+        return cls(path, recipe, old["seconds"], old["starts"])
+
+    def start(self, step: int, where: jax.sharding.Mesh) -> None:
+        """Notes who goes on from `step`, as what is installed may have changed by the end."""
+        device = f"{where.size} x {where.devices.flat[0].device_kind}"
+        if jax.default_backend() == "cpu":
+            device += f" on {os.cpu_count()} cores"
+        made = provenance({"seed": self.recipe.seed})
+        start = {name: made[name] for name in ("command", "commit", "versions")}
+        self.starts.append({"step": step, "device": device, **start})
 
     @property
     def seconds(self) -> float:
@@ -144,14 +154,14 @@ class Story:
     def save(self) -> None:
         """Writes the story, complete or not at all."""
         recipe = dataclasses.asdict(self.recipe)
-        text = {"recipe": recipe, "seconds": round(self.seconds, 1), "devices": self.devices}
+        text = {"recipe": recipe, "seconds": round(self.seconds, 1), "starts": self.starts}
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(text, indent=2) + "\n")
         os.replace(partial, self.path)
 
 
 def check_recipe(recipe: Recipe, devices: int) -> None:
-    """Raises ValueError where batch, kinds, devices and image size do not go together."""
+    """Raises ValueError where batch, kinds and devices do not go together."""
     check_batch(recipe.batch_size, recipe.kinds)
     parts = len(recipe.kinds) * devices
     if recipe.batch_size % parts:
@@ -160,12 +170,6 @@ def check_recipe(recipe: Recipe, devices: int) -> None:
             f"config.pretrain.batch_size={recipe.batch_size} cannot be split over {devices} "
             f"devices and {len(recipe.kinds)} kinds of images; use a multiple of {parts}, e.g. "
             f"--config.pretrain.batch_size={up}."
-        )
-    if recipe.image_size % 16:
-        up = math.ceil(recipe.image_size / 16) * 16
-        raise ValueError(
-            f"config.pretrain.image_size={recipe.image_size} is not a multiple of 16, the stride "
-            f"of the coarsest map; use e.g. --config.pretrain.image_size={up}."
         )
 
 
@@ -218,21 +222,33 @@ def mean_of(pending: list[Scalars], done: int) -> dict[str, float]:
         bad = {name: float(value) for name, value in row.items() if not math.isfinite(value)}
         if bad:
             raise FloatingPointError(
-                f"step {step}: not finite: {bad}. What was saved before it stays; begin again in a "
-                f"new workdir with a lower rate, e.g. --config.pretrain.lr=5e-4."
+                f"step {step}: not finite: {bad}. Begin again in a new workdir, with a "
+                f"config.pretrain.lr of half as much."
             )
     return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
 
 
-def write_result(path: Path, state: LearnState, settings: dict[str, Any], story: Story) -> str:
-    """Writes the encoder with all that it takes to make it again; the file's sha256."""
-    params, batch_stats = jax.device_get((state.params["encoder"], state.batch_stats["encoder"]))
-    made = provenance({"pretrain": settings, "seed": settings["seed"]})
-    made |= {
-        "architecture": settings["architecture"],
-        "steps": settings["steps"],
-        "images": settings["steps"] * settings["batch_size"],
+def write_result(path: Path, state: LearnState, recipe: Recipe, plan: Plan, story: Story) -> str:
+    """Writes the encoder with all that it takes to make it again; the file's sha256.
+
+    A file of the same recipe, steps and fall is left alone. The noted `seconds` hold the time of
+    falls that a longer run has thrown away, too.
+    """
+    made = {
+        "recipe": as_json(recipe),
+        "steps": plan.steps,
+        "decay_share": plan.decay_share,
+        "images": plan.steps * recipe.batch_size,
         "seconds": round(story.seconds),
-        "devices": story.devices,
+        "starts": story.starts,
     }
+    before = read_made(path) if path.exists() else {}
+    if all(before.get(name) == made[name] for name in ("recipe", "steps", "decay_share")):
+        return sha256_of(path)
+    params, batch_stats = jax.device_get((state.params["encoder"], state.batch_stats["encoder"]))
     return write_weights(path, params, batch_stats, made)
+
+
+def as_json(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as it reads back from a JSON file, tuples being lists."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))

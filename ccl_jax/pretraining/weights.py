@@ -1,5 +1,7 @@
 """A learned encoder as one small file: convolutions in float16, all else in float32."""
 
+import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +27,23 @@ def write_weights(path: str | Path, params: Tree, batch_stats: Tree, made: dict[
     leaves = {}
     for name, leaf in flatten({"params": params, "batch_stats": batch_stats}).items():
         array = np.asarray(leaf, np.float32, order="C")
-        narrow = array.astype(NARROW) if array.ndim > 1 else array
+        with np.errstate(over="ignore"):  # noticed in a moment
+            narrow = array.astype(NARROW) if array.ndim > 1 else array
         leaves[torch_name(name.partition("/")[2])] = to_torch_layout(narrow)
         if not np.isfinite(narrow).all():
             raise ValueError(
                 f"{name} has values that are not finite in {narrow.dtype}, the largest is "
-                f"{np.abs(array).max():g}; {path} was not written. Train with a lower rate, e.g. "
-                "--config.pretrain.lr=1e-3."
+                f"{np.abs(array).max():g}; {path} was not written. Begin again in a new workdir, "
+                "with a config.pretrain.lr of half as much."
             )
-    save_tree(path, leaves, made)
+    save_tree(path, leaves, {**made, "tensors_sha256": digest_of(leaves)})
     return sha256_of(Path(path))
+
+
+def digest_of(tensors: Mapping[str, np.ndarray]) -> str:
+    """The SHA-256 of all names and values in order of the names, which a file can hold itself."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].tobytes())
+    return digest.hexdigest()
