@@ -14,7 +14,9 @@ from ccl_jax.data import layouts, pipeline, synthetic
 from ccl_jax.data.records import check_files, check_records
 from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
-from ccl_jax.pretraining.run import WEIGHTS, pretrain
+from ccl_jax.pretraining.episodes import Episodes
+from ccl_jax.pretraining.learn import Plan, Recipe
+from ccl_jax.pretraining.run import WEIGHTS, Look, check_recipe, pretrain
 from ccl_jax.provenance import provenance
 from ccl_jax.scoring import Scorer, map_settings_of
 from ccl_jax.signals import StopRequest
@@ -148,23 +150,27 @@ def baseline_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def pretrain_job(config: ConfigDict, workdir: Path) -> int:
-    """Learns an encoder from procedural images, or goes on learning it."""
+    """Learns an encoder from procedural images, first classes, then episodes, or goes on."""
     where = setup.devices_of(config)
-    recipe, plan = settings.pretraining_of(config)
+    look = Look(tensorboard=config.run.tensorboard, progress=config.run.progress)
+    phases: list[tuple[str, Recipe | Episodes, Plan]] = [
+        ("classes", *settings.pretraining_of(config))
+    ]
+    if config.pretrain.episodes.steps:
+        phases.append(("episodes", *settings.episodes_of(config)))
+    for _, recipe, _ in phases:
+        check_recipe(recipe, where.size)
+    begin = None
     with lock_workdir(workdir), StopRequest() as stop:
-        written = pretrain(
-            workdir,
-            recipe,
-            plan,
-            where=where,
-            tensorboard=config.run.tensorboard,
-            progress=config.run.progress,
-            stop=stop,
-        )
-    if stop.signal is not None and written is None:
-        print(f"{stop.signal.name}: saved; run the same command to go on.", flush=True)
-        return 128 + stop.signal
-    print(f"{workdir / WEIGHTS}: sha256 {written}, for config.encoder.weights")
+        for name, recipe, plan in phases:
+            folder = workdir / name
+            print(f"{name}: {plan.steps} steps of {recipe.batch_size} images", flush=True)
+            written = pretrain(folder, recipe, plan, begin=begin, where=where, look=look, stop=stop)
+            if written is None and stop.signal is not None:
+                print(f"{stop.signal.name}: saved; run the same command to go on.", flush=True)
+                return 128 + stop.signal
+            begin = folder / WEIGHTS
+    print(f"{begin}: sha256 {written}, for config.encoder.weights")
     return 0
 
 

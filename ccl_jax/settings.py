@@ -5,6 +5,7 @@ from typing import Any
 
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import pipeline
+from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.state import make_optimizer
 from ccl_jax.train import LossSettings, Schedule
@@ -48,16 +49,31 @@ def loss_settings(config: ConfigDict) -> LossSettings:
 
 
 def pretraining_of(config: ConfigDict) -> tuple[Recipe, Plan]:
-    """What a pretraining learns, and for how long."""
+    """What a pretraining learns first, and for how long."""
     values = config.pretrain.to_dict()
-    plan = Plan(**{field.name: values.pop(field.name) for field in dataclasses.fields(Plan)})
-    recipe = Recipe(
-        architecture=config.model.encoder,
-        compute_dtype=config.model.compute_dtype,
-        seed=config.seed,
-        **values,
-    )
-    return recipe, plan
+    del values["episodes"]
+    plan = _plan_in(values)
+    return Recipe(**_common(config), **values), plan
+
+
+def episodes_of(config: ConfigDict) -> tuple[Episodes, Plan]:
+    """What a pretraining learns after that, and for how long."""
+    values = config.pretrain.episodes.to_dict()
+    plan = _plan_in(values)
+    return Episodes(**_common(config), **values), plan
+
+
+def _plan_in(values: dict[str, Any]) -> Plan:
+    """The plan among these values, which keep the rest."""
+    return Plan(**{field.name: values.pop(field.name) for field in dataclasses.fields(Plan)})
+
+
+def _common(config: ConfigDict) -> dict[str, Any]:
+    return {
+        "architecture": config.model.encoder,
+        "compute_dtype": config.model.compute_dtype,
+        "seed": config.seed,
+    }
 
 
 def schedule_of(config: ConfigDict, total: int) -> Schedule:

@@ -228,38 +228,44 @@ def _evaluate_and_predict(p: Problems) -> None:
 
 def _pretrain(p: Problems) -> None:
     p.check(
-        "pretrain.kinds",
-        lambda v: len(v) > 0 and all(kind in PICTURES for kind in v) and len(set(v)) == len(v),
-        f"some of {', '.join(PICTURES)}",
-        "\"('networks','noise')\"",
-    )
-    p.check(
         "pretrain.head_weights",
         lambda v: len(v) == 3 and all(is_number(w) and w >= 0 for w in v) and sum(v) > 0,
         "three numbers >= 0, not all 0",
         "'(0.3, 0.3, 1.0)'",
     )
-    for key, example in (
-        ("per_kind", 128),
-        ("batch_size", 80),
-        ("steps", 9000),
-        ("checkpoint_every", 200),
-        ("log_every", 50),
-    ):
-        p.integer(f"pretrain.{key}", 1, example)
-    p.integer("pretrain.warmup_steps", 0, 200)
+    p.integer("pretrain.batch_size", 1, 80)
+    p.integer("pretrain.steps", 1, 1250)
+    p.integer("pretrain.episodes.steps", 0, 2000)
     p.check(
-        "pretrain.image_size",
-        lambda v: is_integer(v) and v >= 32 and v % 16 == 0,
-        "a multiple of 16, the stride of the coarsest map, from 32 on",
-        64,
+        "pretrain.episodes.group",
+        lambda v: is_integer(v) and v >= 4 and v % 2 == 0,
+        "an even number from 4 on, as a normal image is compared with another one",
+        8,
     )
-    p.number("pretrain.lr", 0.0, 10.0, 1e-3, above=True)
-    p.number("pretrain.weight_decay", 0.0, 10.0, 0.05)
+    for key in ("stage_weight", "image_weight"):
+        p.number(f"pretrain.episodes.{key}", 0.0, 100.0, 0.5)
     p.number("pretrain.label_smoothing", 0.0, 0.9, 0.1)
-    p.number("pretrain.decay_share", 0.0, 0.9, 0.25)
     for key in ("composite", "dense"):
         p.check(f"pretrain.{key}", lambda v: isinstance(v, bool), "True or False", False)
+    for section in ("pretrain", "pretrain.episodes"):
+        p.check(
+            f"{section}.kinds",
+            lambda v: len(v) > 0 and all(kind in PICTURES for kind in v) and len(set(v)) == len(v),
+            f"some of {', '.join(PICTURES)}",
+            "\"('networks','noise')\"",
+        )
+        for key, example in (("per_kind", 2), ("checkpoint_every", 200), ("log_every", 50)):
+            p.integer(f"{section}.{key}", 1, example)
+        p.integer(f"{section}.warmup_steps", 0, 200)
+        p.check(
+            f"{section}.image_size",
+            lambda v: is_integer(v) and v >= 32 and v % 16 == 0,
+            "a multiple of 16, the stride of the coarsest map, from 32 on",
+            64,
+        )
+        p.number(f"{section}.lr", 0.0, 10.0, 1e-3, above=True)
+        p.number(f"{section}.weight_decay", 0.0, 10.0, 0.05)
+        p.number(f"{section}.decay_share", 0.0, 0.9, 0.25)
 
 
 def _run(p: Problems) -> None:

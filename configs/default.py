@@ -200,6 +200,21 @@ def pretrain() -> dict:
         "decay_share": 0.25,  # of the steps, the last ones, over which the rate falls to zero
         "checkpoint_every": 200,  # steps
         "log_every": 50,  # steps between lines in the log
+        "episodes": {  # after that: damaged images among normal ones of products never seen
+            "kinds": ("networks", "gratings", "noise", "leaves", "tiles"),  # of products
+            "per_kind": 2,  # products of each kind in a step; a multiple of the devices
+            "group": 8,  # images of a product, half of them damaged
+            "image_size": 64,  # pixels, a multiple of 16
+            "stage_weight": 0.5,  # of the losses on each stage alone; on all together: 1
+            "image_weight": 0.5,  # of the loss on image scores; on positions: 1
+            "lr": 5e-4,  # of AdamW, at its highest
+            "weight_decay": 0.05,  # of AdamW, on kernels
+            "warmup_steps": 100,  # over which the rate rises
+            "steps": 2000,  # more steps go on from before the rate fell; 0 leaves episodes out
+            "decay_share": 0.25,  # of the steps, as above
+            "checkpoint_every": 200,  # steps
+            "log_every": 50,  # steps between lines in the log
+        },
     }
 
 

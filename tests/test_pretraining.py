@@ -28,7 +28,7 @@ from ccl_jax.pretraining.learn import (
     make_step,
     shared_cross_entropy,
 )
-from ccl_jax.pretraining.run import WEIGHTS, as_json, check_recipe, mean_of, pretrain
+from ccl_jax.pretraining.run import WEIGHTS, Look, as_json, check_recipe, mean_of, pretrain
 from ccl_jax.pretraining.weights import digest_of, write_weights
 from ccl_jax.signals import StopRequest
 
@@ -70,11 +70,11 @@ class StopAfter(StopRequest):
         pass
 
 
-def run(workdir, recipe=TINY, plan=PLAN, *, stop_after=0):
+def run(workdir, recipe=TINY, plan=PLAN, *, begin=None, stop_after=0):
+    look = Look(tensorboard=False, progress=False)
     stop = StopAfter(stop_after)
-    where = mesh.make_mesh(1)
     return pretrain(
-        workdir, recipe, plan, where=where, tensorboard=False, progress=False, stop=stop
+        workdir, recipe, plan, begin=begin, where=mesh.make_mesh(1), look=look, stop=stop
     )
 
 
@@ -233,9 +233,10 @@ def test_the_command_line_pretrains(straight, tmp_path, capsys):
     for name, value in settings.items():
         if name not in ("architecture", "compute_dtype", "seed"):
             command.append(f"--config.pretrain.{name}={value}")
+    command.append("--config.pretrain.episodes.steps=0")
     assert main.main(command) == 0
-    assert "encoder.safetensors: sha256" in capsys.readouterr().out
-    ours, theirs = weights_of(tmp_path / "run"), weights_of(straight)
+    assert "classes/encoder.safetensors: sha256" in capsys.readouterr().out
+    ours, theirs = weights_of(tmp_path / "run/classes"), weights_of(straight)
     assert all(np.array_equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
 
 

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
+
+from ccl_jax.pretraining.lots import Lot, Source, own_key
 
 Plane = Float[Array, "s s"]
 Picture = Float[Array, "s s 3"]
-Number = float | int
 
 SHAPES = 40  # of a picture of leaves
 UNITS = 16  # in each hidden layer of a coordinate network
@@ -30,25 +31,6 @@ class Batch(NamedTuple):
     first: Int[Array, " b"]  # class
     second: Int[Array, " b"]
     share: Float[Array, "b s s"]  # of the first class at every pixel, in [0, 1]
-
-
-class Lot:
-    """Hands out uniform numbers from one draw, each once: many small draws compile slowly."""
-
-    def __init__(self, key: PRNGKeyArray, count: int):
-        self._pool = jax.random.uniform(key, (count,))
-        self._used = 0
-
-    def between(self, low: Number, high: Number, *shape: int) -> jax.Array:
-        """Numbers in [low, high), of the given shape."""
-        start, self._used = self._used, self._used + math.prod(shape)
-        if self._used > self._pool.size:
-            raise ValueError(f"a lot of {self._pool.size} numbers is used up")
-        return low + (high - low) * self._pool[start : self._used].reshape(shape)
-
-    def normal(self, *shape: int) -> jax.Array:
-        """Normal numbers with mean 0 and standard deviation 1."""
-        return math.sqrt(2) * jax.lax.erf_inv(self.between(-1 + 1e-6, 1, *shape))
 
 
 def draw_batch(
@@ -87,7 +69,7 @@ def draw_batch(
         batch = Batch(mixed, label, label[order], share)
     else:
         batch = Batch(image, label, label, jnp.ones((count, size, size)))
-    lit = jax.vmap(_photographed)(jax.random.split(lighting, count), batch.images)
+    lit = jax.vmap(photographed)(jax.random.split(lighting, count), batch.images)
     return batch._replace(images=lit)
 
 
@@ -114,16 +96,22 @@ def render(
     law_key = jax.random.fold_in(laws, tuple(KINDS).index(kind))
 
     def picture(number: jax.Array, row: jax.Array) -> jax.Array:
-        law = Lot(jax.random.fold_in(law_key, number), 640)
-        own_key = jax.random.fold_in(key, row)
-        return jnp.clip(KINDS[kind](law, own_key, size), 0, 1)
+        law = jax.random.fold_in(law_key, number)
+        return render_one(law, jax.random.fold_in(key, row), kind=kind, size=size)
 
     return jax.vmap(picture)(numbers, jnp.arange(numbers.shape[0]))
 
 
-def _networks(law: Lot, key: jax.Array, size: int) -> Picture:
+def render_one(
+    law: Key[Array, ""], source: Source, *, kind: str, size: int
+) -> Float[Array, "{size} {size} 3"]:
+    """The picture in [0, 1] that a law and an image's own numbers make."""
+    return jnp.clip(KINDS[kind](Lot(law, 640), source, size), 0, 1)
+
+
+def _networks(law: Lot, source: Source, size: int) -> Picture:
     """A small network of the position and of a few numbers of the image."""
-    own = Lot(key, 32)
+    own = Lot(source, 32)
     x, y = _plane(own, size, turn=0.5, zoom=0.3)
     latent = jnp.broadcast_to(0.5 * own.normal(3), (size, size, 3))
     radius = jnp.sqrt(x * x + y * y + 1e-3)
@@ -138,9 +126,9 @@ def _networks(law: Lot, key: jax.Array, size: int) -> Picture:
     return _painted(law, own, 2.5 * hidden)
 
 
-def _gratings(law: Lot, key: jax.Array, size: int) -> Picture:
+def _gratings(law: Lot, source: Source, size: int) -> Picture:
     """Waves of a few directions, bent by slower waves, with soft or sharp flanks."""
-    own = Lot(key, 32)
+    own = Lot(source, 32)
     x, y = _plane(own, size, turn=0.6, zoom=0.3)
     bend, slow = law.between(0, 0.25), law.between(2, 7, 4)
     phases = own.between(0, 2 * math.pi, 2 + WAVES)
@@ -153,12 +141,12 @@ def _gratings(law: Lot, key: jax.Array, size: int) -> Picture:
     return _painted(law, own, waves * (1 + 0.2 * own.normal(WAVES)))
 
 
-def _noise(law: Lot, key: jax.Array, size: int) -> Picture:
+def _noise(law: Lot, source: Source, size: int) -> Picture:
     """Noise with a spectrum and a tone curve of the class: clouds, grains, fibres, veins.
 
     Its frequencies count per 64 pixels, so a larger image shows more of it, and not larger.
     """
-    own = Lot(key, 32)
+    own = Lot(source, 32)
     angle = law.between(0, math.pi) + own.between(-0.5, 0.5)
     zoom = jnp.exp(own.between(-0.25, 0.25))
     peak, width = law.between(0, 24) * zoom, law.between(1.5, 14) * zoom
@@ -168,7 +156,7 @@ def _noise(law: Lot, key: jax.Array, size: int) -> Picture:
     across = (across - fx * jnp.sin(angle)) * stretch
     radius = jnp.sqrt(along**2 + across**2)
     response = jnp.exp(-0.5 * ((radius - peak) / width) ** 2) / (radius + 1) ** slope
-    white = jax.random.normal(jax.random.fold_in(key, 1), (3, size, size))
+    white = jax.random.normal(own_key(source), (3, size, size))
     planes = jnp.fft.irfft2(jnp.fft.rfft2(white) * response, (size, size))
     planes /= jnp.sqrt(jnp.mean(planes**2)) + 1e-6
     fold, steep = law.between(-0.5, 1.5, 3, 1, 1).clip(0, 1), law.between(0.5, 4, 3, 1, 1)
@@ -176,9 +164,9 @@ def _noise(law: Lot, key: jax.Array, size: int) -> Picture:
     return _painted(law, own, jnp.moveaxis(toned, 0, -1))
 
 
-def _leaves(law: Lot, key: jax.Array, size: int) -> Picture:
+def _leaves(law: Lot, source: Source, size: int) -> Picture:
     """Discs, boxes and triangles on top of each other, with sizes and textures of the class."""
-    own = Lot(key, 40 + 12 * SHAPES)
+    own = Lot(source, 40 + 12 * SHAPES)
     x, y = _plane(own, size, turn=0.0, zoom=0.15)
     least, power = jnp.exp(law.between(-3, -1.2)), law.between(0.5, 3)
     radii = least * (1 - own.between(0, 0.97, SHAPES)) ** (-1 / power)
@@ -214,9 +202,9 @@ def _leaves(law: Lot, key: jax.Array, size: int) -> Picture:
     return jax.nn.sigmoid(law.between(0.7, 2) * painted + law.between(-1, 1))
 
 
-def _tiles(law: Lot, key: jax.Array, size: int) -> Picture:
+def _tiles(law: Lot, source: Source, size: int) -> Picture:
     """A motif on a grid, perhaps a staggered one: meshes, holes, bricks, knobs."""
-    own = Lot(key, 32)
+    own = Lot(source, 32)
     x, y = _plane(own, size, turn=0.4, zoom=0.3)
     angle = law.between(0, math.pi)
     u = x * jnp.cos(angle) + y * jnp.sin(angle)
@@ -238,7 +226,7 @@ def _tiles(law: Lot, key: jax.Array, size: int) -> Picture:
 
 
 # Only add at the end: the position is a part of the law of every class.
-KINDS: dict[str, Callable[[Lot, jax.Array, int], Picture]] = {
+KINDS: dict[str, Callable[[Lot, Source, int], Picture]] = {
     "networks": _networks,
     "gratings": _gratings,
     "noise": _noise,
@@ -291,12 +279,12 @@ def _region(key: jax.Array, size: int) -> Plane:
     return jax.nn.sigmoid((field - own.between(-1.8, 1.8)) * (size / 6))
 
 
-def _photographed(key: jax.Array, image: Picture) -> Picture:
+def photographed(source: Source, image: Picture) -> Picture:
     """The picture under light from one side, in another tone or grey, blurred, with grain.
 
     Half of them are grey: else colour alone would tell most classes, and shapes not be learned.
     """
-    own = Lot(key, 16)
+    own = Lot(source, 16)
     luma = own.between(0.2, 1, 3)
     grey = image @ (luma / luma.sum())
     image = jnp.where(own.between(0, 1) < 0.5, grey[..., None], image)
@@ -315,5 +303,5 @@ def _photographed(key: jax.Array, image: Picture) -> Picture:
             jax.lax.slice_in_dim(padded, start, start + size, axis=axis_number) for start in (0, 2)
         )
         image = (1 - 2 * near) * image + near * (before + after)
-    grain = jax.random.uniform(jax.random.fold_in(key, 1), image.shape, minval=-1, maxval=1)
+    grain = jax.random.uniform(own_key(source), image.shape, minval=-1, maxval=1)
     return jnp.clip(image + own.between(-0.03, 0.06).clip(0) * grain, 0, 1)

@@ -28,24 +28,30 @@ ADAM_B2 = 0.99  # of AdamW: a run of few thousand steps needs a shorter memory t
 CLIP_NORM = 1.0  # of all gradients together
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What is learned: all that fixes a step but its number and its rate (see Plan)."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every phase has: of all that fixes a step but its number and its rate (see Plan)."""
 
     architecture: str
     compute_dtype: str
     seed: int
     kinds: tuple[str, ...]  # of images, equally many of each in a batch
-    per_kind: int  # classes of each kind
+    per_kind: int  # classes of each kind; in episodes: products of each kind in a step
     image_size: int  # pixels
+    lr: float  # of AdamW, at its highest
+    weight_decay: float  # of kernels
+    warmup_steps: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe(Common):
+    """Classes to be told apart."""
+
     composite: bool  # two pictures in one image, with a border between them
     dense: bool  # a class at every position; False: of the pooled map
     head_weights: tuple[float, float, float]  # of the losses on the maps of stages 1 to 3
     label_smoothing: float
     batch_size: int  # images over all devices
-    lr: float  # of AdamW, at its highest
-    weight_decay: float  # of kernels
-    warmup_steps: int
 
     @property
     def classes(self) -> int:
@@ -124,7 +130,7 @@ def init_state(
     return LearnState(jnp.zeros((), jnp.int32), params, batch_stats, optimizer.init(params))
 
 
-def learning_rate(recipe: Recipe, plan: Plan) -> Callable[[Array], Array]:
+def learning_rate(recipe: Common, plan: Plan) -> Callable[[Array], Array]:
     """The rate by step: up in a straight line, constant, and down to zero in a straight line."""
 
     def rate(step: Array) -> Array:
@@ -135,7 +141,7 @@ def learning_rate(recipe: Recipe, plan: Plan) -> Callable[[Array], Array]:
     return rate
 
 
-def make_optimizer(recipe: Recipe, plan: Plan) -> optax.GradientTransformation:
+def make_optimizer(recipe: Common, plan: Plan) -> optax.GradientTransformation:
     """AdamW behind a clip; vectors (biases, normalisation) do not decay."""
     kernels = functools.partial(jax.tree.map, lambda leaf: leaf.ndim > 1)
     rate = learning_rate(recipe, plan)

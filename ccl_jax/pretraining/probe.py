@@ -24,6 +24,7 @@ from ccl_jax.data.layouts import Split, read_mvtec
 from ccl_jax.data.records import Record, read_image, read_mask
 from ccl_jax.metrics.scores import auroc
 from ccl_jax.models.pretrained import load_encoder
+from ccl_jax.pretraining.features import joined_features
 from ccl_jax.pretraining.learn import abstract_encoder
 from ccl_jax.state import Architecture, purpose_key
 
@@ -68,17 +69,6 @@ def probe(
         metric: _mean([row[metric] for row in results.values()]) for metric in METRICS
     }
     return results
-
-
-def joined_features(maps: Sequence[Float[Array, "b _ _ _"]]) -> Float[Array, "b h w c"]:
-    """The maps on the grid of the middle one, each scale of length 1, side by side."""
-    middle = maps[len(maps) // 2].shape[1:3]
-    scaled = []
-    for scale in maps:
-        scale = jax.image.resize(scale, (scale.shape[0], *middle, scale.shape[-1]), "linear")
-        length = jnp.linalg.norm(scale, axis=-1, keepdims=True)
-        scaled.append(scale / jnp.maximum(length, 1e-6))
-    return jnp.concatenate(scaled, -1)
 
 
 @jax.jit

@@ -1,4 +1,4 @@
-"""The loop around the pretraining step: checkpoints, log, and the file that it is all for.
+"""The loop around the pretraining steps: checkpoints, log, and the file that it is all for.
 
 The rate is constant after its warm-up and falls to zero over the last steps. Checkpoints from
 before that fall are kept apart (`checkpoints/`, the fall in `decay-<steps>/`), so that a run with
@@ -10,24 +10,26 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 from ccl_jax import mesh
 from ccl_jax.checkpoint import Checkpoints
-from ccl_jax.models.pretrained import sha256_of
+from ccl_jax.models.pretrained import load_encoder, sha256_of
 from ccl_jax.models.trees import read_made
+from ccl_jax.pretraining import episodes, learn
+from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.images import check_batch
 from ccl_jax.pretraining.learn import (
     LearnState,
     Plan,
     Recipe,
     Scalars,
-    init_state,
+    abstract_encoder,
     make_optimizer,
-    make_step,
 )
 from ccl_jax.pretraining.weights import write_weights
 from ccl_jax.provenance import provenance
@@ -44,20 +46,28 @@ SETTINGS = {
 }
 
 
+class Look(NamedTuple):
+    """What a run shows of itself."""
+
+    tensorboard: bool
+    progress: bool
+
+
 def pretrain(
     workdir: Path,
-    recipe: Recipe,
+    recipe: Recipe | Episodes,
     plan: Plan,
     *,
+    begin: Path | None = None,
     where: jax.sharding.Mesh,
-    tensorboard: bool,
-    progress: bool,
+    look: Look,
     stop: StopRequest,
 ) -> str | None:
     """Learns the steps that are left; the sha256 of `workdir/encoder.safetensors`, when done.
 
-    None where a signal stopped it first: the state is then saved, and the same call goes on. A call
-    with more steps goes on from before the rate fell.
+    Episodes begin with the encoder in the file `begin`. None where a signal stopped it first: the
+    state is then saved, and the same call goes on. A call with more steps goes on from before the
+    rate fell.
 
     Raises:
         ValueError: for an impossible recipe, for a folder that was begun with another one, or for
@@ -65,12 +75,12 @@ def pretrain(
         FloatingPointError: naming the step from which the loss was not finite.
     """
     check_recipe(recipe, where.size)
-    story = Story.open(workdir, recipe)
+    story = Story.open(workdir, recipe, begin)
     with (
         Checkpoints(workdir / "checkpoints", keep=1) as constant,
         Checkpoints(workdir / f"decay-{plan.decay_start}-{plan.steps}", keep=1) as falling,
     ):
-        state = restored(recipe, plan, constant, falling, where)
+        state = restored(recipe, plan, constant, falling, where, begin)
         done = int(state.step)
         if done < plan.steps:
             story.start(done, where)
@@ -79,11 +89,11 @@ def pretrain(
             total_steps=plan.steps,
             start_step=done,
             images_per_step=recipe.batch_size,
-            tensorboard=tensorboard,
-            progress=progress,
+            tensorboard=look.tensorboard,
+            progress=look.progress,
         ) as log:
             step = jax.jit(
-                make_step(recipe, make_optimizer(recipe, plan), where),
+                make_step_of(recipe, plan, where),
                 donate_argnums=0,
                 out_shardings=mesh.replicated(where),
             )
@@ -111,21 +121,36 @@ def pretrain(
 class Story:
     """What a folder was begun with, where and for how long it has computed; in its `story.json`."""
 
-    def __init__(self, path: Path, recipe: Recipe, seconds: float, starts: list[Any]) -> None:
-        self.path, self.recipe, self.starts = path, recipe, starts
+    def __init__(
+        self,
+        path: Path,
+        recipe: Recipe | Episodes,
+        begun_from: dict[str, Any],
+        seconds: float,
+        starts: list[Any],
+    ) -> None:
+        self.path, self.recipe, self.begun_from, self.starts = path, recipe, begun_from, starts
         self._before, self._start = seconds, time.perf_counter()
 
     @classmethod
-    def open(cls, workdir: Path, recipe: Recipe) -> "Story":
+    def open(cls, workdir: Path, recipe: Recipe | Episodes, begin: Path | None) -> "Story":
         """Reads `workdir/story.json`, or begins one; ValueError where it tells another recipe."""
         path = workdir / "story.json"
+        begun_from = {} if begin is None else read_made(begin)
         if not path.exists():
             workdir.mkdir(parents=True, exist_ok=True)
-            return cls(path, recipe, 0.0, [])
+            return cls(path, recipe, begun_from, 0.0, [])
         old = json.loads(path.read_text())
+        digest = begun_from.get("tensors_sha256")
+        if old.get("begun_from") != digest:
+            raise ValueError(
+                f"{workdir} was begun with another encoder than {begin}; remove the folder, or use "
+                f"another one, e.g. --workdir={workdir.parent}-2."
+            )
         new = as_json(recipe)
+        section = "pretrain.episodes" if isinstance(recipe, Episodes) else "pretrain"
         differ = [
-            f"{SETTINGS.get(name, f'config.pretrain.{name}')}: {before!r} -> {new.get(name)!r}"
+            f"{SETTINGS.get(name, f'config.{section}.{name}')}: {before!r} -> {new.get(name)!r}"
             for name, before in old["recipe"].items()
             if before != new.get(name)
         ]
@@ -135,7 +160,7 @@ class Story:
                 f"{workdir} was begun with other settings:\n  {lines}\nUse the settings "
                 f"of {path}, or another folder, e.g. --workdir={workdir}-2."
             )
-        return cls(path, recipe, old["seconds"], old["starts"])
+        return cls(path, recipe, begun_from, old["seconds"], old["starts"])
 
     def start(self, step: int, where: jax.sharding.Mesh) -> None:
         """Notes who goes on from `step`, as what is installed may have changed by the end."""
@@ -154,14 +179,22 @@ class Story:
     def save(self) -> None:
         """Writes the story, complete or not at all."""
         recipe = dataclasses.asdict(self.recipe)
-        text = {"recipe": recipe, "seconds": round(self.seconds, 1), "starts": self.starts}
+        text = {
+            "recipe": recipe,
+            "begun_from": self.begun_from.get("tensors_sha256"),
+            "seconds": round(self.seconds, 1),
+            "starts": self.starts,
+        }
         partial = self.path.with_suffix(".partial")
         partial.write_text(json.dumps(text, indent=2) + "\n")
         os.replace(partial, self.path)
 
 
-def check_recipe(recipe: Recipe, devices: int) -> None:
+def check_recipe(recipe: Recipe | Episodes, devices: int) -> None:
     """Raises ValueError where batch, kinds and devices do not go together."""
+    if isinstance(recipe, Episodes):
+        mesh.check_divisible(recipe.per_kind, devices, "pretrain.episodes.per_kind")
+        return
     check_batch(recipe.batch_size, recipe.kinds)
     parts = len(recipe.kinds) * devices
     if recipe.batch_size % parts:
@@ -174,11 +207,12 @@ def check_recipe(recipe: Recipe, devices: int) -> None:
 
 
 def restored(
-    recipe: Recipe,
+    recipe: Recipe | Episodes,
     plan: Plan,
     constant: Checkpoints,
     falling: Checkpoints,
     where: jax.sharding.Mesh,
+    begin: Path | None,
 ) -> LearnState:
     """The newest state that leads to this plan, or the one before the first step.
 
@@ -189,8 +223,12 @@ def restored(
     optimizer = make_optimizer(recipe, plan)
     key = purpose_key(jax.random.key(recipe.seed), "weights", 0)
 
+    trees = None if begin is None else _encoder_in(begin, recipe.architecture)
+
     def init(key: jax.Array) -> LearnState:
-        return init_state(recipe, optimizer, key)
+        if isinstance(recipe, Episodes):
+            return episodes.init_state(recipe, optimizer, key, trees)
+        return learn.init_state(recipe, optimizer, key)
 
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
@@ -208,6 +246,16 @@ def restored(
             f" use more steps, e.g. --config.pretrain.steps={least}."
         )
     return constant.restore(-1, abstract)
+
+
+def make_step_of(
+    recipe: Recipe | Episodes, plan: Plan, where: jax.sharding.Mesh
+) -> Callable[[LearnState], tuple[LearnState, Scalars]]:
+    """The step of either phase, pure and ready to jit."""
+    optimizer = make_optimizer(recipe, plan)
+    if isinstance(recipe, Episodes):
+        return episodes.make_step(recipe, optimizer, where)
+    return learn.make_step(recipe, optimizer, where)
 
 
 def mean_of(pending: list[Scalars], done: int) -> dict[str, float]:
@@ -228,7 +276,9 @@ def mean_of(pending: list[Scalars], done: int) -> dict[str, float]:
     return {name: sum(float(row[name]) for row in rows) / len(rows) for name in rows[0]}
 
 
-def write_result(path: Path, state: LearnState, recipe: Recipe, plan: Plan, story: Story) -> str:
+def write_result(
+    path: Path, state: LearnState, recipe: Recipe | Episodes, plan: Plan, story: Story
+) -> str:
     """Writes the encoder with all that it takes to make it again; the file's sha256.
 
     A file of the same recipe, steps and fall is left alone. The noted `seconds` hold the time of
@@ -241,6 +291,7 @@ def write_result(path: Path, state: LearnState, recipe: Recipe, plan: Plan, stor
         "images": plan.steps * recipe.batch_size,
         "seconds": round(story.seconds),
         "starts": story.starts,
+        **({"begun_from": story.begun_from} if story.begun_from else {}),
     }
     before = read_made(path) if path.exists() else {}
     if all(before.get(name) == made[name] for name in ("recipe", "steps", "decay_share")):
@@ -249,6 +300,13 @@ def write_result(path: Path, state: LearnState, recipe: Recipe, plan: Plan, stor
     return write_weights(path, params, batch_stats, made)
 
 
-def as_json(recipe: Recipe) -> dict[str, Any]:
+def _encoder_in(path: Path, architecture: str) -> tuple[Any, Any]:
+    """Parameters and statistics in a file of an earlier phase."""
+    _, *wanted = abstract_encoder(architecture)
+    params, batch_stats, _ = load_encoder(str(path), architecture, *wanted)
+    return params, batch_stats
+
+
+def as_json(recipe: Recipe | Episodes) -> dict[str, Any]:
     """The recipe as it reads back from a JSON file, tuples being lists."""
     return json.loads(json.dumps(dataclasses.asdict(recipe)))
