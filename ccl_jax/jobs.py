@@ -150,16 +150,17 @@ def baseline_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def pretrain_job(config: ConfigDict, workdir: Path) -> int:
-    """Learns an encoder from procedural images, first classes, then episodes, or goes on."""
+    """Learns an encoder from procedural images, phase after phase, or goes on."""
     where = setup.devices_of(config)
     look = Look(tensorboard=config.run.tensorboard, progress=config.run.progress)
     phases: list[tuple[str, Recipe | Episodes, Plan]] = [
         ("classes", *settings.pretraining_of(config))
     ]
-    if config.pretrain.episodes.steps:
-        phases.append(("episodes", *settings.episodes_of(config)))
-    for _, recipe, _ in phases:
-        check_recipe(recipe, where.size)
+    for name in settings.EPISODES:
+        if config.pretrain[name].steps:
+            phases.append((name, *settings.episodes_of(config, name)))
+    for name, recipe, _ in phases:
+        check_recipe(recipe, where.size, name)
     begin = None
     with lock_workdir(workdir), StopRequest() as stop:
         for name, recipe, plan in phases:

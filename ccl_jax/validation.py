@@ -7,7 +7,15 @@ from ccl_jax.config import ConfigDict, flatten
 from ccl_jax.metrics.conventions import CONVENTIONS
 from ccl_jax.models.pretrained import check_builtin
 
-PICTURES = ("networks", "gratings", "noise", "leaves", "tiles")  # of the pretraining
+PICTURES = (
+    "networks",
+    "gratings",
+    "noise",
+    "leaves",
+    "tiles",
+    "objects",
+    "reliefs",
+)  # of the pretraining
 ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
 
@@ -235,19 +243,18 @@ def _pretrain(p: Problems) -> None:
     )
     p.integer("pretrain.batch_size", 1, 80)
     p.integer("pretrain.steps", 1, 1250)
-    p.integer("pretrain.episodes.steps", 0, 2000)
-    p.check(
-        "pretrain.episodes.group",
-        lambda v: is_integer(v) and v >= 4 and v % 2 == 0,
-        "an even number from 4 on, as a normal image is compared with another one",
-        8,
-    )
-    for key in ("stage_weight", "image_weight"):
-        p.number(f"pretrain.episodes.{key}", 0.0, 100.0, 0.5)
     p.number("pretrain.label_smoothing", 0.0, 0.9, 0.1)
     for key in ("composite", "dense"):
         p.check(f"pretrain.{key}", lambda v: isinstance(v, bool), "True or False", False)
-    for section in ("pretrain", "pretrain.episodes"):
+    for section in ("pretrain.episodes", "pretrain.larger"):
+        p.integer(f"{section}.steps", 0, 2000)
+        p.integer(f"{section}.group", 3, 8)
+        p.integer(f"{section}.sound", 1, 2)
+        p.integer(f"{section}.memory", 1, 1024)
+        p.number(f"{section}.softness", 0.0, 100.0, 0.15, above=True)
+        for key in ("stage_weight", "image_weight"):
+            p.number(f"{section}.{key}", 0.0, 100.0, 0.5)
+    for section in ("pretrain", "pretrain.episodes", "pretrain.larger"):
         p.check(
             f"{section}.kinds",
             lambda v: len(v) > 0 and all(kind in PICTURES for kind in v) and len(set(v)) == len(v),
@@ -293,6 +300,13 @@ def _together(p: Problems, config: ConfigDict) -> None:
             'config.model.projector="none" leaves the local loss nothing to train; add '
             "--config.loss.local.weight=0 (RD without CCL also --config.loss.global_.weight=0)."
         )
+    for name in ("episodes", "larger"):
+        phase = config.pretrain[name]
+        if phase.sound >= phase.group:
+            p.lines.append(
+                f"config.pretrain.{name}.sound={phase.sound} leaves none of {phase.group} images "
+                f"to be damaged, e.g. --config.pretrain.{name}.sound={max(phase.group // 4, 1)}"
+            )
     if config.eval.pool > config.data.image_size:
         p.lines.append(
             f"config.eval.pool={config.eval.pool} is larger than the score map of "

@@ -185,7 +185,8 @@ def published() -> dict:
 def pretrain() -> dict:
     """An encoder's own training, on procedural images (`--job pretrain`)."""
     return {
-        "kinds": ("networks",),  # also "gratings", "noise", "leaves", "tiles": equally many of each
+        # Also "gratings", "noise", "leaves", "tiles", "objects", "reliefs": equally many of each.
+        "kinds": ("networks",),
         "per_kind": 640,  # classes of each kind
         "image_size": 64,  # pixels, a multiple of 16
         "composite": False,  # two pictures in one image
@@ -200,21 +201,34 @@ def pretrain() -> dict:
         "decay_share": 0.25,  # of the steps, the last ones, over which the rate falls to zero
         "checkpoint_every": 200,  # steps
         "log_every": 50,  # steps between lines in the log
-        "episodes": {  # after that: damaged images among normal ones of products never seen
-            "kinds": ("networks", "gratings", "noise", "leaves", "tiles"),  # of products
-            "per_kind": 2,  # products of each kind in a step; a multiple of the devices
-            "group": 8,  # images of a product, half of them damaged
-            "image_size": 64,  # pixels, a multiple of 16
-            "stage_weight": 0.5,  # of the losses on each stage alone; on all together: 1
-            "image_weight": 0.5,  # of the loss on image scores; on positions: 1
-            "lr": 5e-4,  # of AdamW, at its highest
-            "weight_decay": 0.05,  # of AdamW, on kernels
-            "warmup_steps": 100,  # over which the rate rises
-            "steps": 2000,  # more steps go on from before the rate fell; 0 leaves episodes out
-            "decay_share": 0.25,  # of the steps, as above
-            "checkpoint_every": 200,  # steps
-            "log_every": 50,  # steps between lines in the log
-        },
+        # After that: damaged images among normal ones, of products that are new in every step;
+        # then the same with fewer, larger images.
+        "episodes": episodes(),
+        "larger": episodes()
+        | {"image_size": 128, "group": 4, "sound": 1, "lr": 4e-4, "steps": 600},
+    }
+
+
+def episodes() -> dict:
+    """A phase in which damaged images are to be found."""
+    return {
+        # of products
+        "kinds": ("networks", "gratings", "noise", "leaves", "tiles", "objects", "reliefs"),
+        "per_kind": 1,  # products of each kind in a step; a multiple of the devices
+        "group": 8,  # images of a product
+        "sound": 2,  # of them without a defect
+        "image_size": 64,  # pixels, a multiple of 16
+        "softness": 0.15,  # squared distance of unit vectors over which weights fall by e
+        "memory": 1024,  # positions of a product's images that others are compared with
+        "stage_weight": 0.5,  # of the losses on each stage alone; on all together: 1
+        "image_weight": 0.5,  # of the loss on image scores; on positions: 1
+        "lr": 1e-3,  # of AdamW, at its highest
+        "weight_decay": 0.05,  # of AdamW, on kernels
+        "warmup_steps": 60,  # over which the rate rises
+        "steps": 3000,  # more steps go on from before the rate fell; 0 leaves the phase out
+        "decay_share": 0.4,  # of the steps, as above
+        "checkpoint_every": 200,  # steps
+        "log_every": 50,  # steps between lines in the log
     }
 
 

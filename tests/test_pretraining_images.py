@@ -9,6 +9,7 @@ from ccl_jax.pretraining.images import KINDS, Lot, check_batch, draw_batch, rend
 
 LAWS = jax.random.key(3)
 SIZE = 32
+FIRST = ("networks", "gratings", "noise", "leaves", "tiles")
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS)
 
 
@@ -86,7 +87,7 @@ def test_batch_holds_every_kind_equally_often():
 def test_pictures_are_those_of_the_recipe_that_made_the_shipped_encoder():
     """A change of any of these laws makes other classes of the same settings."""
     draw = functools.partial(
-        draw_batch, count=10, kinds=tuple(KINDS), per_kind=64, size=SIZE, composite=False
+        draw_batch, count=10, kinds=FIRST, per_kind=64, size=SIZE, composite=False
     )
     batch = jax.jit(draw)(jax.random.key(1), jax.random.key(2))
     np.testing.assert_array_equal(batch.first, [58, 118, 161, 220, 279, 0, 118, 138, 252, 291])

@@ -18,8 +18,9 @@ Plane = Float[Array, "s s"]
 Picture = Float[Array, "s s 3"]
 
 SECOND = 0.3  # probability of a second region
-LEAST, LARGEST = 0.06, 0.45  # radius in half images
-FAINTEST = 0.25  # weight of the other content, up to 1
+LEAST, LARGEST = 0.08, 0.5  # radius in half images
+FAINTEST = 0.4  # weight of the other content, up to 1
+PALEST = 0.25  # least strength of a tone, up to 1
 
 
 class Damaged(NamedTuple):
@@ -27,23 +28,42 @@ class Damaged(NamedTuple):
 
     image: Picture  # in [0, 1]
     mask: Plane  # in [0, 1], 1 where the defect is
-    change: Float[Array, ""]  # mean absolute difference within the mask
+    change: Float[Array, ""]  # how conspicuous it is, in values of the picture
 
 
-def damage(key: Key[Array, ""], image: Picture, other: Picture) -> Damaged:
-    """The picture with a defect of one of nine sorts; `other` may be pasted into it."""
+def damage(key: Key[Array, ""], image: Picture, other: Picture, variant: Picture) -> Damaged:
+    """The picture with a defect of one of eleven sorts, two of which are alike.
+
+    `other` may be pasted into it, and `variant`: what a slightly different product would show.
+    """
     lot = Lot(key, 96)
     second = lot.between(0, 1) < SECOND
     mask = region(lot, image.shape[0])
     mask = jnp.maximum(mask, second * region(lot, image.shape[0]))
-    sorts = contents(lot, jax.random.fold_in(key, 1), image, other)
+    sorts = contents(lot, jax.random.fold_in(key, 1), image, other, variant)
     which = jnp.floor(lot.between(0, len(sorts) + 1)).astype(jnp.int32)
     content = jnp.select([which == number for number in range(len(sorts))], sorts)
     strength = lot.between(FAINTEST, 1)
     laid = jnp.clip(image + (mask * strength)[..., None] * (content - image), 0, 1)
     made = jnp.where(which == len(sorts), pushed(lot, image, mask), laid)
-    change = jnp.sum(jnp.abs(made - image).mean(-1) * mask) / (mask.sum() + 1e-3)
-    return Damaged(made, mask, change)
+    return Damaged(made, mask, conspicuous(image, made, mask))
+
+
+def conspicuous(before: Picture, after: Picture, mask: Plane) -> Float[Array, ""]:
+    """Mean change of the local tone, or of the local contrast where that is more, in the mask.
+
+    Grains that gave way to grains of the same sort do not count: nobody could find them.
+    """
+    side = (before.shape[0] // 16) | 1
+
+    def local(image: Picture) -> tuple[Picture, Plane]:
+        tone = box_blur(image, side)
+        return tone, jnp.sqrt(box_blur((image - tone) ** 2, side).mean(-1) + 1e-5)
+
+    (tone0, contrast0), (tone1, contrast1) = local(before), local(after)
+    weight = mask / (mask.sum() + 1e-3)
+    tone = jnp.sum(jnp.abs(tone1 - tone0).mean(-1) * weight)
+    return jnp.maximum(tone, jnp.sum(jnp.abs(contrast1 - contrast0) * weight))
 
 
 def region(lot: Lot, size: int) -> Plane:
@@ -53,7 +73,7 @@ def region(lot: Lot, size: int) -> Plane:
     x, y = x - lot.between(-0.8, 0.8), y - lot.between(-0.8, 0.8)
     angle = lot.between(0, math.pi)
     radius = jnp.exp(lot.between(math.log(LEAST), math.log(LARGEST)))
-    long = jnp.exp(1.1 * lot.between(0, 1) ** 2)  # up to nine times as long as wide
+    long = jnp.exp(1.2 * lot.between(0, 1) ** 1.5)  # up to eleven times as long as wide
     u = x * jnp.cos(angle) + y * jnp.sin(angle)
     v = y * jnp.cos(angle) - x * jnp.sin(angle)
     v = v + lot.between(-0.3, 0.3) * jnp.sin(lot.between(2, 8) * u + lot.between(0, 6))
@@ -69,12 +89,14 @@ def region(lot: Lot, size: int) -> Plane:
     return jax.nn.sigmoid((1 - distance) * steep)
 
 
-def contents(lot: Lot, key: Key[Array, ""], image: Picture, other: Picture) -> list[Picture]:
-    """What a region can show instead: eight sorts."""
+def contents(
+    lot: Lot, key: Key[Array, ""], image: Picture, other: Picture, variant: Picture
+) -> list[Picture]:
+    """What a region can show instead: ten sorts."""
     size = image.shape[0]
     smooth = box_blur(image, size // 8 + 1)
-    grey = lot.between(-1, 1)
-    tone = jnp.where(lot.between(0, 1) < 0.5, grey, lot.between(-1, 1, 3))
+    grey = tones(lot, 1)
+    tone = jnp.where(lot.between(0, 1) < 0.5, grey, tones(lot, 3))
     shift = jnp.floor(lot.between(size // 8, size - size // 8, 2)).astype(jnp.int32)
     moved = jnp.roll(image, shift, (0, 1))
     turned = jnp.swapaxes(moved, 0, 1)[::-1]
@@ -82,6 +104,8 @@ def contents(lot: Lot, key: Key[Array, ""], image: Picture, other: Picture) -> l
     grain = jnp.where(lot.between(0, 1) < 0.5, grain, 3 * box_blur(grain, 3))
     return [
         other,
+        variant,
+        variant,  # the likeliest: parts that are missing, misplaced or of another size
         jnp.where(lot.between(0, 1) < 0.5, moved, turned),  # of the same picture, elsewhere
         image + 0.6 * tone,  # stained
         jnp.broadcast_to(jnp.clip(image.mean((0, 1)) + 0.5 * tone, 0, 1), image.shape),  # covered
@@ -90,6 +114,12 @@ def contents(lot: Lot, key: Key[Array, ""], image: Picture, other: Picture) -> l
         smooth + 0.25 * grain * (1 + tone),  # corroded
         image * (1 + 0.7 * grey),  # burnt or bleached
     ]
+
+
+def tones(lot: Lot, count: int) -> Float[Array, " {count}"]:
+    """Numbers in [-1, 1] that are not near 0."""
+    raw = lot.between(-1, 1, count)
+    return jnp.sign(raw) * (PALEST + (1 - PALEST) * jnp.abs(raw))
 
 
 def pushed(lot: Lot, image: Picture, mask: Plane) -> Picture:

@@ -1,8 +1,8 @@
 """An encoder learns to notice defects on products that it has never seen.
 
 A step draws new products, each a law of `images` that its images follow closely or loosely, and
-damages half of the images. With nothing behind the encoder, damaged positions shall lie further
-from the nearest position of the normal images than sound ones do: a detector relies on that later.
+damages most of the images. With nothing behind the encoder, damaged positions shall lie further
+from what sound ones of the same product say than those do: a detector relies on that later.
 """
 
 import dataclasses
@@ -27,19 +27,21 @@ from ccl_jax.pretraining.features import joined_features, unit
 from ccl_jax.pretraining.images import photographed, render_one
 from ccl_jax.pretraining.learn import Common, LearnState, Scalars
 from ccl_jax.pretraining.lots import Near
+from ccl_jax.pretraining.separation import damaged_cells, rebuilt_distances, separation_loss
 from ccl_jax.state import purpose_key
 
 SCALES = 4  # distances: of all three stages together, and of each alone
-VISIBLE = 0.025  # mean change of a picture's values from which on its defect has to be found
-COVERED, FREE = 0.25, 0.05  # of a position, from where it counts as damaged, up to where as sound
-SHARPNESS = 4.0  # of the maximum over positions that scores an image
+VISIBLE = 0.04  # change of a picture from which on its defect has to be found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Episodes(Common):
     """Products on which damaged images are to be found among normal ones."""
 
-    group: int  # images of a product, half of them damaged
+    group: int  # images of a product
+    sound: int  # of them without a defect
+    softness: float  # squared distance over which a sound position loses weight by e
+    memory: int  # positions of a product that may count
     stage_weight: float  # of the losses on each stage alone; those on all together have 1
     image_weight: float  # of the loss on image scores; the one on positions has 1
 
@@ -55,11 +57,11 @@ class Episodes(Common):
 
 
 class Episode(NamedTuple):
-    """Images of `e` products, `n` of each, the second half of them with a defect."""
+    """Images of `e` products, `n` of each, the last `d` of them with a defect."""
 
     images: Float[Array, "e n s s 3"]  # in [0, 1]
-    masks: Float[Array, "e n/2 s s"]  # in [0, 1], of the damaged images
-    visible: Bool[Array, "e n/2"]
+    masks: Float[Array, "e d s s"]  # in [0, 1], of the damaged images
+    visible: Bool[Array, "e d"]
 
 
 def draw_episode(
@@ -69,90 +71,49 @@ def draw_episode(
 ) -> Episode:
     """New products and their images; `place` gets arrays over products and may shard them."""
     families = jax.random.split(jax.random.fold_in(key, 0), recipe.products)
-    half = recipe.group // 2
-
-    def product(family: jax.Array, *, kind: str) -> jax.Array:
-        law, near = jax.random.split(jax.random.fold_in(family, 0))
-        spread = jax.random.uniform(jax.random.fold_in(family, 1)) ** 2  # most hold still
-        keys = jax.random.split(jax.random.fold_in(family, 2), recipe.group)
-        return jax.vmap(
-            lambda own: render_one(law, Near(near, own, spread), kind=kind, size=recipe.image_size)
-        )(keys)
-
-    def photograph(family: jax.Array, images: jax.Array) -> jax.Array:
-        spread = 0.4 * jax.random.uniform(jax.random.fold_in(family, 3)) ** 2
-        camera = jax.random.fold_in(family, 4)
-        keys = jax.random.split(jax.random.fold_in(family, 5), recipe.group)
-        return jax.vmap(lambda own, image: photographed(Near(camera, own, spread), image))(
-            keys, images
-        )
 
     # Product i * kinds + k is of kind k, so that splitting the products splits every kind.
     rows = [families[number :: len(recipe.kinds)] for number in range(len(recipe.kinds))]
     drawn = [
-        place(jax.vmap(functools.partial(product, kind=kind))(place(own)))
+        place(jax.vmap(functools.partial(_product, recipe, kind))(place(own)))
         for kind, own in zip(recipe.kinds, rows, strict=True)
     ]
     images = jnp.stack(drawn, 1).reshape(recipe.products, *drawn[0].shape[1:])
-    sound, broken = images[:, :half], images[:, half:]
+    whole, broken, variants = jnp.split(images, [recipe.sound, recipe.group], 1)
     others = jnp.roll(broken, 1, 0)
-    keys = jax.vmap(lambda family: jax.random.split(jax.random.fold_in(family, 6), half))(families)
-    damaged = jax.vmap(jax.vmap(damage))(keys, broken, others)
-    images = place(jnp.concatenate([sound, damaged.image], 1))
+    keys = jax.vmap(
+        lambda family: jax.random.split(purpose_key(family, "damage", 0), broken.shape[1])
+    )(families)
+    damaged = jax.vmap(jax.vmap(damage))(keys, broken, others, variants)
+    images = place(jnp.concatenate([whole, damaged.image], 1))
     return Episode(
-        place(jax.vmap(photograph)(families, images)), damaged.mask, damaged.change > VISIBLE
+        place(jax.vmap(_photograph)(families, images)), damaged.mask, damaged.change > VISIBLE
     )
 
 
-def nearest_distances(features: Float[Array, "e n h w c"]) -> Float[Array, "e n h w"]:
-    """Squared distance of every position to the nearest one in another, undamaged image."""
-    products, group, height, width, channels = features.shape
-    half, positions = group // 2, height * width
-    query = features.reshape(products, group, positions, channels)
-    memory = query[:, :half].reshape(products, half * positions, channels)
-    # The search is not differentiated: the gradient of a minimum over so many costs five times it.
-    fixed_query, fixed_memory = jax.lax.stop_gradient((query, memory))
-    scores = jnp.sum(fixed_memory**2, -1)[:, None, None]
-    scores = scores - 2 * jnp.einsum("enpc,emc->enpm", fixed_query, fixed_memory)
-    owner = jnp.repeat(jnp.arange(half), positions)
-    own = jnp.arange(group)[:, None] == owner
-    index = jnp.where(own[None, :, None], jnp.inf, scores).argmin(-1)
-    found = jnp.take_along_axis(memory, index.reshape(products, -1, 1), 1).reshape(query.shape)
-    return jnp.sum((query - found) ** 2, -1).reshape(products, group, height, width)
+def _product(recipe: Episodes, kind: str, family: Key[Array, ""]) -> Float[Array, "n s s 3"]:
+    """Pictures of a product, then of variants of it that are like those to be damaged."""
+    law, near, looseness, members = jax.random.split(purpose_key(family, "product", 0), 4)
+    spread = jax.random.uniform(looseness) ** 2  # most hold still
+    keys = jax.random.split(members, recipe.group)
+
+    def normal(own: jax.Array) -> jax.Array:
+        return render_one(law, Near(near, own, spread), kind=kind, size=recipe.image_size)
+
+    def variant(own: jax.Array) -> jax.Array:
+        chance, numbers = jax.random.split(own)
+        changed = Near(law, numbers, 0.05 + 0.5 * jax.random.uniform(chance) ** 2)
+        return render_one(changed, Near(near, own, spread), kind=kind, size=recipe.image_size)
+
+    return jnp.concatenate([jax.vmap(normal)(keys), jax.vmap(variant)(keys[recipe.sound :])])
 
 
-def separation_loss(
-    distances: Float[Array, "e n h w"],
-    episode: Episode,
-    scale: Float[Array, ""],
-    offset: Float[Array, ""],
-) -> tuple[Array, Array, Array]:
-    """(loss of positions, loss of images, share of image pairs in the right order).
-
-    A position's logit is the logarithm of its distance, less the mean of the product's undamaged
-    images, times exp(scale) minus offset. Positions with a part of a defect do not count.
-    """
-    products, group, side, _ = distances.shape
-    half, cell = group // 2, episode.masks.shape[-1] // side
-    logs = jnp.log(distances + 1e-4)
-    usual = logs[:, :half].mean((1, 2, 3), keepdims=True)
-    logits = jnp.exp(scale) * (logs - usual) - offset
-    sound, broken = logits[:, :half], logits[:, half:]
-    cells = episode.masks.reshape(products, half, side, cell, side, cell)
-    share, top = cells.mean((3, 5)), cells.max((3, 5))
-    most = share >= jnp.maximum(share.max((2, 3), keepdims=True), FREE)
-    damaged = ((share > COVERED) | most) & episode.visible[..., None, None]
-    free = top < FREE
-    missed = jnp.sum(jax.nn.softplus(-broken) * damaged) / (damaged.sum() + 1)
-    false = jnp.sum(jax.nn.softplus(broken) * free) / (free.sum() + 1)
-    positions = 0.5 * missed + 0.25 * false + 0.25 * jax.nn.softplus(sound).mean()
-    flat = logits.reshape(products, group, -1)
-    scores = jax.nn.logsumexp(SHARPNESS * flat, -1) / SHARPNESS
-    margins = scores[:, half:, None] - scores[:, None, :half]
-    counted = episode.visible[..., None]
-    images = jnp.mean(jax.nn.softplus(-margins) * counted)
-    ordered = jnp.sum((margins > 0) & counted) / jnp.maximum(counted.sum() * half, 1)
-    return positions, images, ordered
+def _photograph(family: Key[Array, ""], images: Float[Array, "n s s 3"]) -> Array:
+    """The pictures of a product under its light, which varies much or little."""
+    camera, variety, members = jax.random.split(purpose_key(family, "photograph", 0), 3)
+    spread = 0.8 * jax.random.uniform(variety)
+    keys = jax.random.split(members, images.shape[0])
+    return jax.vmap(lambda own, image: photographed(Near(camera, own, spread), image))(keys, images)
 
 
 def init_state(
@@ -163,7 +124,11 @@ def init_state(
 ) -> LearnState:
     """The state before the first step, from the parameters and statistics `begin`, or random."""
     params, batch_stats = begin or split(_encoder(recipe, key))[1:]
-    heads = {"scale": jnp.full(SCALES, 0.5), "offset": jnp.ones(SCALES)}
+    # With dtypes: weakly typed numbers would have the step compiled once more for its own output.
+    heads = {
+        "scale": jnp.full(SCALES, 0.5, jnp.float32),
+        "offset": jnp.ones(SCALES, jnp.float32),
+    }
     params = {"encoder": params, "heads": heads}
     statistics_of = {"encoder": batch_stats}
     return LearnState(jnp.zeros((), jnp.int32), params, statistics_of, optimizer.init(params))
@@ -189,9 +154,16 @@ def make_step(
         scalars: Scalars = {}
         for number, features in enumerate([joined_features(maps), *map(unit, maps)]):
             grouped = features.reshape(recipe.products, recipe.group, *features.shape[1:])
+            damaged, free = damaged_cells(episode.masks, episode.visible, features.shape[1])
+            whole = jnp.ones_like(free[:, :1]).repeat(recipe.sound, 1)
+            sound = jnp.concatenate([whole, free], 1)
+            distances = rebuilt_distances(
+                place(grouped), sound, softness=recipe.softness, memory=recipe.memory
+            )
             positions, images, ordered = separation_loss(
-                nearest_distances(place(grouped)),
-                episode,
+                distances,
+                damaged,
+                sound,
                 params["heads"]["scale"][number],
                 params["heads"]["offset"][number],
             )

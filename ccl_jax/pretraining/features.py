@@ -19,7 +19,7 @@ def joined_features(maps: Sequence[Float[Array, "b _ _ _"]]) -> Float[Array, "b 
     )
 
 
-def unit(features: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """The features with length 1 at every position."""
+def unit(features: Float[Array, "*n c"]) -> Float[Array, "*n c"]:
+    """The vectors with length 1."""
     length = jnp.linalg.norm(features, axis=-1, keepdims=True)
     return features / jnp.maximum(length, 1e-6)

@@ -3,7 +3,8 @@
 Nobody's photographs are in them. After "Pre-training without Natural Images" (Kataoka et al.,
 IJCV 2022) and "Learning to See by Looking at Noise" (Baradad et al., NeurIPS 2021), with kinds of
 our own: `networks` are random coordinate networks, `gratings` bent waves, `noise` filtered noise,
-`leaves` overlapping shapes (dead leaves), `tiles` repeated motifs.
+`leaves` overlapping shapes (dead leaves), `tiles` repeated motifs; `objects` and `reliefs` stand in
+`products`.
 """
 
 import math
@@ -14,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
-from ccl_jax.pretraining.lots import Lot, Source, own_key
+from ccl_jax.pretraining.lots import Lot, Near, Source, own_key
+from ccl_jax.pretraining.planes import Plane, bent_plane, filtered_noise, form_distance
+from ccl_jax.pretraining.products import PRODUCTS
 
-Plane = Float[Array, "s s"]
 Picture = Float[Array, "s s 3"]
 
 SHAPES = 40  # of a picture of leaves
@@ -103,7 +105,7 @@ def render(
 
 
 def render_one(
-    law: Key[Array, ""], source: Source, *, kind: str, size: int
+    law: Source, source: Source, *, kind: str, size: int
 ) -> Float[Array, "{size} {size} 3"]:
     """The picture in [0, 1] that a law and an image's own numbers make."""
     return jnp.clip(KINDS[kind](Lot(law, 640), source, size), 0, 1)
@@ -112,7 +114,7 @@ def render_one(
 def _networks(law: Lot, source: Source, size: int) -> Picture:
     """A small network of the position and of a few numbers of the image."""
     own = Lot(source, 32)
-    x, y = _plane(own, size, turn=0.5, zoom=0.3)
+    x, y = bent_plane(own, size, turn=0.5, zoom=0.3)
     latent = jnp.broadcast_to(0.5 * own.normal(3), (size, size, 3))
     radius = jnp.sqrt(x * x + y * y + 1e-3)
     hidden = jnp.concatenate([jnp.stack([x, y, radius], -1), latent], -1)
@@ -129,7 +131,7 @@ def _networks(law: Lot, source: Source, size: int) -> Picture:
 def _gratings(law: Lot, source: Source, size: int) -> Picture:
     """Waves of a few directions, bent by slower waves, with soft or sharp flanks."""
     own = Lot(source, 32)
-    x, y = _plane(own, size, turn=0.6, zoom=0.3)
+    x, y = bent_plane(own, size, turn=0.6, zoom=0.3)
     bend, slow = law.between(0, 0.25), law.between(2, 7, 4)
     phases = own.between(0, 2 * math.pi, 2 + WAVES)
     u = x + bend * jnp.sin(slow[0] * y + slow[1] * x + phases[0])
@@ -142,23 +144,10 @@ def _gratings(law: Lot, source: Source, size: int) -> Picture:
 
 
 def _noise(law: Lot, source: Source, size: int) -> Picture:
-    """Noise with a spectrum and a tone curve of the class: clouds, grains, fibres, veins.
-
-    Its frequencies count per 64 pixels, so a larger image shows more of it, and not larger.
-    """
+    """Noise with a spectrum and a tone curve of the class: clouds, grains, fibres, veins."""
     own = Lot(source, 32)
-    angle = law.between(0, math.pi) + own.between(-0.5, 0.5)
-    zoom = jnp.exp(own.between(-0.25, 0.25))
-    peak, width = law.between(0, 24) * zoom, law.between(1.5, 14) * zoom
-    stretch, slope = jnp.exp(law.between(0, 1.8)), law.between(0, 1.6)
-    fy, fx = jnp.fft.fftfreq(size)[:, None] * 64, jnp.fft.rfftfreq(size) * 64
-    along, across = fx * jnp.cos(angle) + fy * jnp.sin(angle), fy * jnp.cos(angle)
-    across = (across - fx * jnp.sin(angle)) * stretch
-    radius = jnp.sqrt(along**2 + across**2)
-    response = jnp.exp(-0.5 * ((radius - peak) / width) ** 2) / (radius + 1) ** slope
-    white = jax.random.normal(own_key(source), (3, size, size))
-    planes = jnp.fft.irfft2(jnp.fft.rfft2(white) * response, (size, size))
-    planes /= jnp.sqrt(jnp.mean(planes**2)) + 1e-6
+    turn, zoom = own.between(-0.5, 0.5), jnp.exp(own.between(-0.25, 0.25))
+    planes = filtered_noise(law, own_key(source), size, 3, turn=turn, zoom=zoom)
     fold, steep = law.between(-0.5, 1.5, 3, 1, 1).clip(0, 1), law.between(0.5, 4, 3, 1, 1)
     toned = fold * (jnp.abs(planes) - 0.8) * 1.6 + (1 - fold) * jnp.tanh(steep * planes)
     return _painted(law, own, jnp.moveaxis(toned, 0, -1))
@@ -167,7 +156,7 @@ def _noise(law: Lot, source: Source, size: int) -> Picture:
 def _leaves(law: Lot, source: Source, size: int) -> Picture:
     """Discs, boxes and triangles on top of each other, with sizes and textures of the class."""
     own = Lot(source, 40 + 12 * SHAPES)
-    x, y = _plane(own, size, turn=0.0, zoom=0.15)
+    x, y = bent_plane(own, size, turn=0.0, zoom=0.15)
     least, power = jnp.exp(law.between(-3, -1.2)), law.between(0.5, 3)
     radii = least * (1 - own.between(0, 0.97, SHAPES)) ** (-1 / power)
     radii = jnp.sort(jnp.minimum(radii, law.between(0.3, 0.9)))[::-1]  # small ones stay visible
@@ -191,7 +180,9 @@ def _leaves(law: Lot, source: Source, size: int) -> Picture:
         cos, sin = jnp.cos(turned) / radius, jnp.sin(turned) / radius
         u = ((x - centre[0]) * cos + (y - centre[1]) * sin) / long
         v = ((y - centre[1]) * cos - (x - centre[0]) * sin) * long
-        inside = radius * (size / 2) * (1 - _distance(u, v, which)) / jnp.maximum(long, 1 / long)
+        inside = (
+            radius * (size / 2) * (1 - form_distance(u, v, which)) / jnp.maximum(long, 1 / long)
+        )
         cover = jnp.clip(inside + 0.5, 0, 1)[..., None]
         fill = colour + strength * textures[texture][..., None]
         return cover * fill + (1 - cover) * below, None
@@ -205,7 +196,7 @@ def _leaves(law: Lot, source: Source, size: int) -> Picture:
 def _tiles(law: Lot, source: Source, size: int) -> Picture:
     """A motif on a grid, perhaps a staggered one: meshes, holes, bricks, knobs."""
     own = Lot(source, 32)
-    x, y = _plane(own, size, turn=0.4, zoom=0.3)
+    x, y = bent_plane(own, size, turn=0.4, zoom=0.3)
     angle = law.between(0, math.pi)
     u = x * jnp.cos(angle) + y * jnp.sin(angle)
     v = y * jnp.cos(angle) - x * jnp.sin(angle)
@@ -217,7 +208,7 @@ def _tiles(law: Lot, source: Source, size: int) -> Picture:
     tilt = law.between(-1, 1)
     a, b = u + tilt * v * 0.5, v * jnp.exp(law.between(-0.6, 0.6))
     form = jnp.floor(law.between(0, 3)).astype(jnp.int32)
-    far, soft = _distance(a, b, form), law.between(2, 20)
+    far, soft = form_distance(a, b, form), law.between(2, 20)
     outer, inner = law.between(0.4, 1), law.between(-0.4, 0.5)
     motif = jnp.tanh(soft * (far - outer * (1 + 0.1 * own.normal())))
     core = jnp.tanh(soft * (far - inner))
@@ -232,30 +223,8 @@ KINDS: dict[str, Callable[[Lot, Source, int], Picture]] = {
     "noise": _noise,
     "leaves": _leaves,
     "tiles": _tiles,
+    **PRODUCTS,
 }
-
-
-def _distance(u: Plane, v: Plane, form: jax.Array) -> Plane:
-    """0 in the middle and 1 on the border of a unit disc (form 0), box (1) or triangle (2)."""
-    disc = jnp.sqrt(u * u + v * v + 1e-6)
-    box = jnp.maximum(jnp.abs(u), jnp.abs(v))
-    triangle = jnp.maximum(v, jnp.abs(u) * 0.866 - 0.5 * v) * 1.5
-    return jnp.where(form == 0, disc, jnp.where(form == 1, box, triangle))
-
-
-def _plane(own: Lot, size: int, *, turn: float, zoom: float) -> tuple[Plane, Plane]:
-    """Coordinates x, y, about -1 to 1, moved, turned (radians), zoomed and bent by an image."""
-    axis = (jnp.arange(size) + 0.5) * (2 / size) - 1
-    y, x = jnp.meshgrid(axis, axis, indexing="ij")
-    angle, scale = own.between(-turn, turn), jnp.exp(own.between(-zoom, zoom))
-    cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
-    shift, bend = own.between(-0.6, 0.6, 2), own.between(0, 0.05, 2)
-    speed, phase = own.between(2, 6, 2), own.between(0, 2 * math.pi, 2)
-    u = cos * x - sin * y + shift[0]
-    v = sin * x + cos * y + shift[1]
-    return u + bend[0] * jnp.sin(speed[0] * v + phase[0]), v + bend[1] * jnp.sin(
-        speed[1] * u + phase[1]
-    )
 
 
 def _painted(law: Lot, own: Lot, values: Float[Array, "s s k"]) -> Picture:
@@ -272,7 +241,7 @@ def _painted(law: Lot, own: Lot, values: Float[Array, "s s k"]) -> Picture:
 def _region(key: jax.Array, size: int) -> Plane:
     """Share of the first picture at every pixel: blobs of random size, with a sharp border."""
     own = Lot(key, 40)
-    x, y = _plane(own, size, turn=math.pi, zoom=0.7)
+    x, y = bent_plane(own, size, turn=math.pi, zoom=0.7)
     speed, angle = own.between(1, 7, 4), own.between(0, math.pi, 4)
     across = x[..., None] * jnp.cos(angle) + y[..., None] * jnp.sin(angle)
     field = jnp.sin(speed * across + own.between(0, 2 * math.pi, 4)).sum(-1)
@@ -287,7 +256,10 @@ def photographed(source: Source, image: Picture) -> Picture:
     own = Lot(source, 16)
     luma = own.between(0.2, 1, 3)
     grey = image @ (luma / luma.sum())
-    image = jnp.where(own.between(0, 1) < 0.5, grey[..., None], image)
+    chance = own.between(0, 1)
+    if isinstance(source, Near):  # all pictures of a family are grey, or none is
+        chance = jax.random.uniform(jax.random.fold_in(source.family, 1))
+    image = jnp.where(chance < 0.5, grey[..., None], image)
     size = image.shape[0]
     axis = jnp.linspace(-1, 1, size)
     slope = own.between(-0.2, 0.2, 2)

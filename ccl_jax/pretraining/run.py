@@ -65,16 +65,16 @@ def pretrain(
 ) -> str | None:
     """Learns the steps that are left; the sha256 of `workdir/encoder.safetensors`, when done.
 
-    Episodes begin with the encoder in the file `begin`. None where a signal stopped it first: the
-    state is then saved, and the same call goes on. A call with more steps goes on from before the
-    rate fell.
+    The folder's name is that of the phase, and of its section of the config. Episodes begin with
+    the encoder in the file `begin`. None where a signal stopped it first: the state is then saved,
+    and the same call goes on. A call with more steps goes on from before the rate fell.
 
     Raises:
         ValueError: for an impossible recipe, for a folder that was begun with another one, or for
             fewer steps than the folder has already done at the constant rate.
         FloatingPointError: naming the step from which the loss was not finite.
     """
-    check_recipe(recipe, where.size)
+    check_recipe(recipe, where.size, workdir.name)
     story = Story.open(workdir, recipe, begin)
     with (
         Checkpoints(workdir / "checkpoints", keep=1) as constant,
@@ -148,7 +148,7 @@ class Story:
                 f"another one, e.g. --workdir={workdir.parent}-2."
             )
         new = as_json(recipe)
-        section = "pretrain.episodes" if isinstance(recipe, Episodes) else "pretrain"
+        section = f"pretrain.{workdir.name}" if isinstance(recipe, Episodes) else "pretrain"
         differ = [
             f"{SETTINGS.get(name, f'config.{section}.{name}')}: {before!r} -> {new.get(name)!r}"
             for name, before in old["recipe"].items()
@@ -190,10 +190,10 @@ class Story:
         os.replace(partial, self.path)
 
 
-def check_recipe(recipe: Recipe | Episodes, devices: int) -> None:
+def check_recipe(recipe: Recipe | Episodes, devices: int, phase: str) -> None:
     """Raises ValueError where batch, kinds and devices do not go together."""
     if isinstance(recipe, Episodes):
-        mesh.check_divisible(recipe.per_kind, devices, "pretrain.episodes.per_kind")
+        mesh.check_divisible(recipe.per_kind, devices, f"pretrain.{phase}.per_kind")
         return
     check_batch(recipe.batch_size, recipe.kinds)
     parts = len(recipe.kinds) * devices
