@@ -18,7 +18,8 @@ LAYERS = {
     "scoring": 2,  # what evaluate, predict and train share
     **dict.fromkeys(("train", "evaluate", "predict"), 3),
     **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
-    **dict.fromkeys(("main", "config", "validation", "settings", "setup", "jobs", "exchange"), 4),
+    **dict.fromkeys(("main", "config", "validation", "problems", "settings"), 4),
+    **dict.fromkeys(("setup", "jobs", "exchange"), 4),
 }
 DOOR = 4
 
