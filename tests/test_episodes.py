@@ -109,6 +109,13 @@ def test_tones_have_either_sign_and_are_never_faint():
     assert 0.4 < (found > 0).mean() < 0.6
 
 
+def test_defects_are_those_that_the_shipped_encoder_learned_from():
+    found = damaged()
+    changes, shares = found.change[:5], found.mask[:5].mean((1, 2))
+    np.testing.assert_allclose(changes, [0.0692, 0.0710, 0.1692, 0.0761, 0.0867], atol=1e-3)
+    np.testing.assert_allclose(shares, [0.0144, 0.0354, 0.0608, 0.1885, 0.0205], atol=1e-3)
+
+
 def test_masks_have_many_sizes_and_places():
     mask = np.asarray(damaged().mask)
     shares = (mask > 0.5).mean((1, 2))

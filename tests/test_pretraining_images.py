@@ -97,6 +97,27 @@ def test_pictures_are_those_of_the_recipe_that_made_the_shipped_encoder():
     np.testing.assert_allclose(batch.images.std((1, 2, 3)), spreads, atol=2e-3)
 
 
+@pytest.mark.parametrize(
+    ("kind", "means", "spreads"),
+    [
+        (
+            "objects",
+            [0.4286, 0.3656, 0.6572, 0.3791, 0.2512],
+            [0.0954, 0.0894, 0.1312, 0.0844, 0.1530],
+        ),
+        (
+            "reliefs",
+            [0.7533, 0.5652, 0.3862, 0.5142, 0.4105],
+            [0.0573, 0.1663, 0.0773, 0.1626, 0.2302],
+        ),
+    ],
+)
+def test_products_are_those_that_the_shipped_encoder_learned_from(kind, means, spreads):
+    found = pictures(kind, 0, np.arange(32))[:5]
+    np.testing.assert_allclose(found.mean((1, 2, 3)), means, atol=2e-3)
+    np.testing.assert_allclose(found.std((1, 2, 3)), spreads, atol=2e-3)
+
+
 def test_composite_shows_two_pictures_with_a_border_between_them():
     batch = batch_drawer(composite=True)(jax.random.key(0))
     plain = batch_drawer(composite=False)(jax.random.key(0))
