@@ -59,7 +59,7 @@ def test_metrics_agree_with_the_detectors_own_scores(trained, photos):
         prediction = detector.predict([record.image for record in mine])
         truth = [record.anomalous for record in mine]
         expected = roc_auc_score(truth, prediction.scores)
-        assert results_of(trained)["classes"][f"tiny/{name}"]["image_auroc"] == expected
+        assert results_of(trained)["classes"][name]["image_auroc"] == expected
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -89,7 +89,7 @@ def test_published_conventions_are_reported_beside_the_exact_metrics(trained, ph
             assert "streaming counts" in found["description"]
             # A bin is an eight-thousandth of a score; these maps spread little.
             expected = conventions.pixel_metrics(name, pixels)
-            assert found["classes"][f"tiny/{class_name}"] == pytest.approx(expected, abs=0.01)
+            assert found["classes"][class_name] == pytest.approx(expected, abs=0.01)
     for metric, value in results["published_conventions"]["adeval_50"]["mean"].items():
         rows = results["published_conventions"]["adeval_50"]["classes"].values()
         assert value == pytest.approx(np.mean([row[metric] for row in rows]))
