@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 # Layer of each module of ccl_jax, or of each of its packages.
 LAYERS = {
-    **dict.fromkeys(("losses", "augment", "anomaly_map"), 0),
+    **dict.fromkeys(("losses", "augment", "anomaly_map", "figures"), 0),
     **dict.fromkeys(("data", "metrics", "models"), 0),  # each may import itself
     **dict.fromkeys(("state", "mesh", "checkpoint", "run_log", "workdir", "report"), 1),
     **dict.fromkeys(("provenance", "signals"), 1),
