@@ -83,7 +83,7 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file; ValueError, naming it, where it is none."""
     try:
         return json.loads(_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f"{path} is no valid JSON ({error}); copy it again from its source."
         ) from error
@@ -93,17 +93,23 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
     """Rows of a CSV file with a header, each with where it stands.
 
     Raises:
-        ValueError: No such file, a column that is missing, or a row that is too short.
+        ValueError: No such file, no table, a column that is missing, or a row that is too short.
     """
-    rows = csv.DictReader(io.StringIO(_text(path), newline=""))
-    lacking = [name for name in columns if name not in (rows.fieldnames or ())]
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
+    try:
+        rows = [(reader.line_num, row) for row in reader]
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} is no valid table ({error}); copy it again from its source."
+        ) from error
+    lacking = [name for name in columns if name not in (reader.fieldnames or ())]
     if lacking:
         raise ValueError(
             f"{path} has no column {', '.join(lacking)}; its first line must be "
             f"{','.join(columns)}."
         )
-    for row in rows:
-        where = f"{path}, line {rows.line_num},"
+    for line, row in rows:
+        where = f"{path}, line {line},"
         if any(row[name] is None for name in columns):
             raise ValueError(f"{where} is too short; it needs {', '.join(columns)}.")
         yield where, {name: row[name] for name in columns}
