@@ -75,6 +75,8 @@ BAD = {
     "data.root": "",
     "data.name": "a/b",
     "data.classes": (1,),
+    "data.views": (1,),
+    "data.validation": "test",
     "data.image_size": 100,
     "data.shuffle": "none",
     "synthetic.image_size": 8,

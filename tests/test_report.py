@@ -137,6 +137,28 @@ def test_table_has_a_row_per_class_a_bold_mean_and_footnotes():
     ]
 
 
+def test_results_of_parts_stand_beside_those_of_images_where_there_are_any():
+    parts = {
+        "iad/nut": a_class(0.8) | {"sample_auroc": 0.9},
+        "iad/toy": a_class(0.8) | {"sample_auroc": None},
+        "set/wood": a_class(0.8),
+    }
+    with pytest.raises(ValueError, match="sample_auroc of class iad/toy is null without a reason"):
+        summary(parts)
+    with pytest.raises(ValueError, match=r"sample_auroc of class iad/nut is 1\.2"):
+        summary({"iad/nut": a_class(0.8) | {"sample_auroc": 1.2}})
+    results = summary(parts, {"iad/toy": {"sample_auroc": "no part without an anomalous view"}})
+    assert "sample_auroc" not in results["classes"]["set/wood"]
+    assert (results["mean"]["sample_auroc"], results["mean_over"]["sample_auroc"]) == (0.9, 1)
+    table, *notes = report.markdown_table(results).split("\n\n")
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")][-1] for line in table.split("\n")
+    ]
+    assert cells[0] == "S-AUROC" and cells[2:] == ["0.900", "-¹", "", "**0.900²**"]
+    assert notes[0] == "¹ no part without an anomalous view" and "S: per part" in notes[-1]
+    assert "S-AUROC" not in report.markdown_table(summary())
+
+
 def test_table_keeps_the_dataset_where_there_are_several_and_escapes_bars():
     table = report.markdown_table(summary({"a/nut": a_class(0.5), "b/n|ut": a_class(0.5)}))
     assert "| a/nut " in table and "| b/n\\|ut " in table
