@@ -72,6 +72,12 @@ def _parts(p: Problems) -> None:
         )
     for key in _part_keys(p, "layout"):
         p.choice(key, *LAYOUTS)
+    layouts = [p.values.get(key) for key in ("data.layout", *_part_keys(p, "layout"))]
+    if p.values.get("data.validation") == "train" and "mvtec2" not in layouts:
+        p.lines.append(
+            f"config.data.validation='train' means nothing for config.data.layout={layouts[0]}, "
+            "which has no validation images; leave it out: --config.data.validation=leave."
+        )
     for key in _part_keys(p, "splits"):
         p.check(key, lambda v: isinstance(v, str), "a file or a folder", "my_split.csv")
     for key in _part_keys(p, "classes"):

@@ -112,7 +112,8 @@ def real_iad(root, classes=("audiojack", "toy"), lists="realiad_jsons"):
             shown = code if shown is None else shown
             where = f"OK/S{sample:04}" if code == "OK" else f"NG/{code}/S{sample:04}"
             stem = f"{where}/{name}{sep}{sample:04}_{shown}_C{view}_2023092{view}"
-            save(picture(seed=view), root / "realiad_512" / name / f"{stem}.jpg")
+            seed = view + 10 * sample + 100 * (code != "OK")
+            save(picture(seed=seed), root / "realiad_512" / name / f"{stem}.jpg")
             entry = {"category": name, "anomaly_class": shown, "image_path": f"{stem}.jpg"}
             if shown != "OK":
                 save(mask(), root / "realiad_512" / name / f"{stem}.png")

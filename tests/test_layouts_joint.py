@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 
 from ccl_jax import config as configs
+from ccl_jax import setup
 from ccl_jax.data.layouts import Part, read_joint, read_split
 from ccl_jax.data.records import check_records
 from ccl_jax.datasets import read_split as split_of
@@ -137,6 +138,17 @@ def test_a_joint_config_without_parts_or_with_half_a_part_is_refused():
     del config.data.parts.visa["layout"]
     with pytest.raises(ValueError, match=r"config\.data\.parts\.visa\.layout is missing"):
         validate(config)
+
+
+def test_a_workdir_remembers_its_parts_wherever_a_later_job_starts(parts, tmp_path, monkeypatch):
+    config = joint_config(parts)
+    config.data.parts.mvtec.root = "mvtec"
+    monkeypatch.chdir(tmp_path)
+    kept = setup.with_absolute_roots(config)
+    assert kept.data.parts.mvtec.root == str(tmp_path / "mvtec") and kept.data.root == ""
+    assert config.data.parts.mvtec.root == "mvtec"
+    monkeypatch.chdir(tmp_path / "visa")
+    assert split_of(kept) == read_joint(parts)
 
 
 def test_moved_parts_are_a_matter_of_how_to_run_and_other_layouts_are_not(parts):

@@ -298,6 +298,13 @@ def test_masks_of_manta_that_fit_no_strip_or_two_are_named(tmp_path):
         read(root, "manta")
 
 
+def test_a_class_of_manta_with_nothing_to_train_on_is_named(tmp_path):
+    root = mini.manta(tmp_path)
+    shutil.rmtree(root / "mechanics/screw/train")
+    with pytest.raises(ValueError, match=r"1 of 2 classes have no training images: screw; put"):
+        read(root, "manta")
+
+
 def test_one_class_name_in_two_domains_of_manta_is_refused(tmp_path):
     root = mini.manta(tmp_path)
     shutil.copytree(root / "mechanics/screw", root / "agriculture/screw")

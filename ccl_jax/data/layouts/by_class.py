@@ -96,11 +96,12 @@ def _class_folders(tree: Tree, base: Path, names: Names, classes: Sequence[str])
         )
     chosen = choose_classes(found, classes, f"{base} has no such folder")
     folders = [found[name] for name in chosen]
-    _check_training_images(tree, folders, where)
+    check_training_images(tree, folders, where)
     return folders
 
 
-def _check_training_images(tree: Tree, folders: Sequence[Path], where: str) -> None:
+def check_training_images(tree: Tree, folders: Sequence[Path], where: str) -> None:
+    """Raises ValueError, with a way out, where class folders have no images in `where`."""
     empty = [folder for folder in folders if not tree.images(folder / where)]
     if empty:
         usable = tuple(folder.name for folder in folders if folder not in empty)

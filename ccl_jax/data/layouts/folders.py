@@ -29,8 +29,9 @@ class Tree:
 
     Passed over are hidden files, `JUNK`, and files that do not end like an image (in any case: png
     jpg jpeg bmp tif tiff webp). A symbolic link may lead anywhere within the root. One that leads
-    out of it is refused, in a folder as in metadata, unless `follow_links`; the root itself may be
-    a link. Refused as well are links to nothing, and names that are not UTF-8.
+    out of it is refused, in a folder as in metadata, unless `follow_links`. The root itself may be
+    a link, and files of metadata may lie anywhere. Refused as well are links to nothing, and names
+    that are not UTF-8.
 
     Raises:
         ValueError: From every method, for any of these, or a folder that cannot be read; here

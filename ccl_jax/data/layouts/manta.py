@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ccl_jax.data.layouts.by_class import MASK_ENDING
+from ccl_jax.data.layouts.by_class import MASK_ENDING, check_training_images
 from ccl_jax.data.layouts.folders import Split, Tree, choose_classes, composed, key_of
 from ccl_jax.data.records import Record, picture_size, read_mask
 
@@ -40,6 +40,7 @@ def read_manta(tree: Tree, *, dataset: str, classes: Sequence[str] = ()) -> Spli
     """
     folders = _class_folders(tree)
     names = choose_classes(folders, classes, f"{tree.root} has no such class")
+    check_training_images(tree, [folders[name] for name in names], TRAIN)
     train: list[Record] = []
     test: list[Record] = []
     for label, name in enumerate(names):
@@ -56,14 +57,11 @@ def read_manta(tree: Tree, *, dataset: str, classes: Sequence[str] = ()) -> Spli
 
 
 def _class_folders(tree: Tree) -> dict[str, Path]:
-    found = [folder for folder in tree.folders(tree.root) if tree.images(folder / TRAIN)]
-    domains = [folder for folder in tree.folders(tree.root) if folder not in found]
-    found += [
-        folder
-        for domain in domains
-        for folder in tree.folders(domain)
-        if tree.images(folder / TRAIN)
-    ]
+    """The class folders by name, of all domains or of the one that is the root."""
+    found: list[Path] = []
+    for folder in tree.folders(tree.root):
+        inside = [folder] if _is_class(tree, folder) else tree.folders(folder)
+        found += [inner for inner in inside if _is_class(tree, inner)]
     if not found:
         raise ValueError(
             f"{tree.root} holds no <domain>/<class>/{TRAIN} with images; name the folder that "
@@ -76,6 +74,10 @@ def _class_folders(tree: Tree) -> dict[str, Path]:
             f"domain: --config.data.root={found[0].parent}."
         )
     return {composed(folder.name): folder for folder in found}
+
+
+def _is_class(tree: Tree, folder: Path) -> bool:
+    return any(inner.name in ("train", "test", "test-pixel") for inner in tree.folders(folder))
 
 
 def _strip(blank: Record, folder: Path, image: Path) -> Record:
