@@ -296,6 +296,9 @@ def test_masks_of_manta_that_fit_no_strip_or_two_are_named(tmp_path):
     (masks / "000.png").unlink()
     with pytest.raises(ValueError, match=r"1 defective strips .* no mask .*rust/000\.png; add"):
         read(root, "manta")
+    shutil.copy(masks / "crack/000.png", masks / "crack/000_mask.png")
+    with pytest.raises(ValueError, match=r"000_mask\.png and 000\.png belong to one strip"):
+        read(root, "manta")
 
 
 def test_a_class_of_manta_with_nothing_to_train_on_is_named(tmp_path):

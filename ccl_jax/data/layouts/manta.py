@@ -91,14 +91,14 @@ def _test_strips(blank: Record, tree: Tree, folder: Path) -> list[Record]:
     """One record for each test strip of a class, with the mask of the whole strip."""
     test, masks = next((t for t in TESTS if tree.folders(folder / t[0])), TESTS[0])
     kinds = [kind for kind in tree.folders(folder / test) if kind != folder / masks]
-    strips = {(kind, image): None for kind in kinds for image in tree.images(kind)}
+    strips = [(kind, image) for kind in kinds for image in tree.images(kind)]
     found = _masks(tree, folder / masks)
-    uses = Counter(image.stem for kind, image in strips if kind.name != "good")
+    uses = Counter(composed(image.stem) for kind, image in strips if kind.name != "good")
     records = []
     for kind, image in strips:
         record = _strip(blank, folder, image)
         if kind.name != "good":
-            common = ("", composed(image.stem)) if uses[image.stem] == 1 else None
+            common = ("", composed(image.stem)) if uses[composed(image.stem)] == 1 else None
             mask = found.pop((composed(kind.name), composed(image.stem)), None)
             mask = mask or (found.pop(common, None) if common else None)
             record = replace(record, anomalous=True, defect=composed(kind.name), mask=mask)
@@ -120,11 +120,16 @@ def _test_strips(blank: Record, tree: Tree, folder: Path) -> list[Record]:
 
 def _masks(tree: Tree, folder: Path) -> dict[tuple[str, str], Path]:
     """Masks by kind of defect, "" for those in the folder itself, and stem of the strip."""
-    masks = {}
+    masks: dict[tuple[str, str], Path] = {}
     for kind in [folder, *tree.folders(folder)]:
-        for mask in tree.images(kind) if kind.name != "good" else ():
-            name = composed(kind.name) if kind != folder else ""
-            masks[name, composed(mask.stem.removesuffix(MASK_ENDING))] = mask
+        name = composed(kind.name) if kind != folder else ""
+        for mask in tree.images(kind) if name != "good" else ():
+            key = (name, composed(mask.stem.removesuffix(MASK_ENDING)))
+            if key in masks:
+                raise ValueError(
+                    f"{mask} and {masks[key].name} belong to one strip; delete one of the masks."
+                )
+            masks[key] = mask
     return masks
 
 
