@@ -1,17 +1,15 @@
 """The jobs behind the door: each takes a validated config apart and calls the plain functions."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
 from ccl_jax import baseline, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
-from ccl_jax.data import layouts, pipeline, synthetic
-from ccl_jax.data.records import check_files, check_records
+from ccl_jax.data import layouts, pipeline
+from ccl_jax.datasets import parts_of, print_left_aside, print_sources, read_split
 from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
 from ccl_jax.pretraining.episodes import Episodes
@@ -30,6 +28,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
     start = time.perf_counter()
     where = setup.devices_of(config, "train.batch_size", "eval.batch_size")
     split = read_split(config)
+    print_left_aside(config)
     total, per_epoch = settings.total_steps(config, len(split.train))
     with lock_workdir(workdir):
         with (
@@ -122,8 +121,10 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def prepare_job(config: ConfigDict, workdir: Path) -> int:
-    """Generates the benchmark where the config asks for one, and says what the data holds."""
+    """Generates the benchmark where the config asks for one; says what the data are and hold."""
+    print_sources(config)
     split = read_split(config)
+    print_left_aside(config)
     rows = []
     for label, name in enumerate(split.class_names):
         test = [record for record in split.test if record.label == label]
@@ -132,7 +133,8 @@ def prepare_job(config: ConfigDict, workdir: Path) -> int:
             f"{sum(not record.anomalous for record in test)} normal and "
             f"{sum(record.anomalous for record in test)} anomalous to test on"
         )
-    print("\n".join([f"{config.data.root}: {len(rows)} classes", *rows]))
+    roots = ", ".join(str(part.root) for part in parts_of(config).values())
+    print("\n".join([f"{roots}: {len(rows)} classes", *rows]))
     return 0
 
 
@@ -175,41 +177,11 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
-def read_split(config: ConfigDict) -> layouts.Split:
-    """The records of the config's data, generated first where they are to be."""
-    root = Path(config.data.root)
-    if config.data.layout == "synthetic":
-        synthetic.write_benchmark(
-            root, **config.synthetic.to_dict(), progress=progress_bar(wanted=config.run.progress)
-        )
-    split = layouts.read_mvtec(root, dataset=config.data.name, classes=config.data.classes)
-    check_records(split.train, split.test)
-    check_files([*split.train, *split.test])
-    return split
-
-
-def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
-    """A callback (done, total) that draws a bar from its first call on."""
-    if not wanted:
-        return None
-    bar: list[tqdm] = []
-
-    def progress(done: int, total: int) -> None:
-        if not bar:
-            bar.append(tqdm(desc="generating images", unit="image", total=total))
-        bar[0].update(done - bar[0].n)
-        if done == total:
-            bar[0].close()
-
-    return progress
-
-
 def evaluate_and_print(
     config: ConfigDict, workdir: Path, scorer: Scorer, split: layouts.Split, seconds: float
 ) -> None:
     """Evaluates a scorer on the test images, and prints the table and where the rest is."""
     folder = workdir / "evaluation" / str(scorer.step)
-    dataset = split.train[0].dataset
     with pipeline.evaluation_batches(
         split.test,
         image_size=config.data.image_size,
@@ -223,7 +195,7 @@ def evaluate_and_print(
             scorer,
             split.test,
             batches,
-            [f"{dataset}/{name}" for name in split.class_names],
+            split.class_names,
             conventions=Conventions(
                 image_label=config.eval.image_label,
                 aupro_fpr_limit=config.eval.aupro_fpr_limit,
@@ -231,7 +203,7 @@ def evaluate_and_print(
                 published_metrics=config.eval.published_metrics,
             ),
             folder=folder,
-            dataset=dataset,
+            dataset=config.data.name or " + ".join(sorted(parts_of(config))),
             provenance={
                 **provenance(config.to_dict()),
                 "seconds_before_evaluation": round(seconds, 3),

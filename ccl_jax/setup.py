@@ -108,8 +108,7 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
     Raises ValueError where settings or training images differ in what is computed; says what else
     differs.
     """
-    config = config.copy_and_resolve_references()
-    config.data.root = os.path.abspath(config.data.root)  # a later job may start elsewhere
+    config = with_absolute_roots(config)
     data = {
         "classes": split.class_names,
         "training_images": len(split.train),
@@ -124,6 +123,14 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
             compare_data(json.loads((workdir / "data.json").read_text()), data, workdir)
     write_atomically(workdir / "config.json", configs.to_json(config))
     write_atomically(workdir / "data.json", json.dumps(data, indent=2) + "\n")
+
+
+def with_absolute_roots(config: ConfigDict) -> ConfigDict:
+    """A copy of the config that finds the data from any folder: a later job may start elsewhere."""
+    config = config.copy_and_resolve_references()
+    for section in (config.data, *config.data.parts.values()):
+        section.root = os.path.abspath(section.root) if section.root else ""
+    return config
 
 
 def compare_settings(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
@@ -153,6 +160,8 @@ def check_same_model(config: ConfigDict, workdir: Path) -> None:
 
 def compare_data(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None:
     """Raises ValueError where the training images are no longer those of the first start."""
+    if not any("/" in name for name in old["classes"]):  # written when classes had no data set
+        new = new | {"classes": [name.partition("/")[2] for name in new["classes"]]}
     if old == new:
         return
     raise ValueError(

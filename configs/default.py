@@ -49,10 +49,21 @@ def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
 def data() -> dict:
     """Which images, and how they become batches."""
     return {
-        "layout": "mvtec",  # <class>/train/good ...; "synthetic": generated into root first
+        # "mvtec": <class>/train/good ..., also your own photos; "mvtec2", "visa", "btad",
+        # "real_iad", "manta": as published; "meta": what root/meta.json names; "joint": the data
+        # sets of `parts`; "synthetic": generated into root first. See ccl_jax/data/layouts.
+        "layout": "mvtec",
         "root": "",  # folder that holds one folder per class
         "name": "",  # name of the data set in results; "" takes the folder's name
         "classes": (),  # names of the classes to use; () takes all
+        # For "joint", by name: {"layout", "root", "classes", "splits"} as here; configs/joint.py.
+        "parts": {},
+        # Other lists than the published ones, relative to root: a .csv ("visa") or .json ("meta")
+        # file, or a folder ("real_iad"), e.g. ../realiad_jsons/realiad_jsons_sv.
+        "splits": "",
+        "views": (),  # of sets with several views of a part, e.g. ("C1",); () takes all
+        "validation": "leave",  # of "mvtec2": its validation images set aside; "train": used too
+        "follow_links": False,  # whether links may lead out of root
         "image_size": 256,  # pixels, height and width; divisible by 32
         "shuffle": "plain",  # "plain", or "class_balanced": every class equally often
     }

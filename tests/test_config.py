@@ -75,6 +75,8 @@ BAD = {
     "data.root": "",
     "data.name": "a/b",
     "data.classes": (1,),
+    "data.views": (1,),
+    "data.validation": "test",
     "data.image_size": 100,
     "data.shuffle": "none",
     "synthetic.image_size": 8,
@@ -172,6 +174,7 @@ def test_all_illegal_values_are_told_at_once():
     ("changes", "reason"),
     [
         ({"train.steps": 0, "train.epochs": 0}, "both 0"),
+        ({"data.validation": "train"}, "means nothing for config.data.layout=synthetic"),
         ({"model.projector": "none"}, "local loss nothing to train"),
         ({"eval.pool": 200}, "larger than the score map"),
         ({"model.encoder": "resnet34"}, "add --config.model.encoder=resnet18"),  # builtin

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import miniatures as mini
 import pytest
 from conftest import ROOT, write_photos
 
@@ -69,6 +70,37 @@ def test_prepare_counts_the_images(photos, capsys):
     words = ["main", "--config", str(ROOT / "configs/folder.py"), "--job=prepare"]
     assert main([*words, f"--config.data.root={photos}"]) == 0
     assert "bolt: 4 to train on, 2 normal and 2 anomalous to test on" in capsys.readouterr().out
+
+
+def test_prepare_says_where_the_data_come_from_even_before_they_are_there(tmp_path, capsys):
+    words = ["main", "--config", str(ROOT / "configs/visa.py"), "--job=prepare"]
+    words.append(f"--config.data.root={tmp_path / 'VisA'}")
+    assert_fails(capsys, words, "VisA does not exist")
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "licence: CC BY 4.0" in out and "VisA_20220922.tar" in out
+    mini.visa(tmp_path / "VisA")
+    assert main(words) == 0
+    assert "visa/pcb1: 3 to train on, 1 normal and 1 anomalous" in capsys.readouterr().out
+
+
+def test_prepare_describes_every_part_of_a_joint_set_and_what_is_left_aside(tmp_path, capsys):
+    words = ["main", "--config", str(ROOT / "configs/joint.py"), "--job=prepare"]
+    (tmp_path / "visa").mkdir()
+    roots = {
+        "mvtec": mini.mvtec2(tmp_path / "mvtec2"),
+        "visa": mini.visa(tmp_path / "visa"),
+        "btad": mini.btad(tmp_path / "btad"),
+        "real_iad": mini.real_iad(tmp_path / "iad"),
+    }
+    words += [f"--config.data.parts.{name}.root={root}" for name, root in roots.items()]
+    words.append("--config.data.parts.mvtec.layout=mvtec2")
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    for text in ("mvtec: MVTec AD 2,", "visa: VisA,", "btad: BTAD", "real_iad: Real-IAD,"):
+        assert text in out
+    assert "mvtec: 4 validation images are set aside" in out
+    assert "9 classes" in out and "real_iad/toy: 10 to train on" in out
 
 
 def test_help_says_what_the_jobs_do(capsys):
@@ -225,6 +257,18 @@ def test_training_images_that_changed_since_the_start_are_refused(trained, tmp_p
     shutil.copytree(trained, workdir)
     photos = write_photos(tmp_path / "photos", train=5)
     assert_fails(capsys, tiny(photos, workdir), "started with 8 training images", "now holds 10")
+
+
+def test_a_workdir_from_before_classes_had_a_data_set_goes_on(trained, photos, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    data = json.loads((workdir / "data.json").read_text())
+    assert data["classes"] == ["tiny/bolt", "tiny/felt"]
+    (workdir / "data.json").write_text(json.dumps(data | {"classes": ["bolt", "felt"]}))
+    assert main(tiny(photos, workdir)) == 0
+    assert json.loads((workdir / "data.json").read_text()) == data
+    (workdir / "data.json").write_text(json.dumps(data | {"classes": ["bolt", "nut"]}))
+    assert_fails(capsys, tiny(photos, workdir), "started with 8 training images")
 
 
 def test_a_bad_file_met_later_loses_no_step(tmp_path, capsys, monkeypatch):

@@ -104,6 +104,16 @@ def read_mask(record: Record, size: int | None) -> UInt8[np.ndarray, "h w"]:
     return (np.asarray(binary) > 127.5).astype(np.uint8)
 
 
+def picture_size(source: Record | Source) -> tuple[int, int]:
+    """Width and height of the whole picture in pixels, from its header; a crop does not count.
+
+    Raises:
+        ValueError: The header cannot be read; the text names the file.
+    """
+    name, data = _name_and_data(source)
+    return _decode(data, name, only_size=True).size
+
+
 def check_records(train: Sequence[Record], test: Sequence[Record]) -> None:
     """Compares what training will see with what evaluation will ask.
 

@@ -1,0 +1,90 @@
+"""The data sets of a config: read, described, and what is left aside of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ccl_jax.config import ConfigDict
+from ccl_jax.data import layouts, synthetic
+from ccl_jax.data.records import check_files, check_records
+
+
+def read_split(config: ConfigDict) -> layouts.Split:
+    """The records of the config's data, generated first where they are to be."""
+    data = config.data
+    if data.layout == "synthetic":
+        synthetic.write_benchmark(
+            Path(data.root),
+            **config.synthetic.to_dict(),
+            progress=progress_bar(wanted=config.run.progress),
+        )
+    if data.layout == "joint":
+        split = layouts.read_joint(
+            parts_of(config),
+            views=data.views,
+            validation=data.validation,
+            follow_links=data.follow_links,
+        )
+    else:
+        split = layouts.read_split(
+            Path(data.root),
+            layout="mvtec" if data.layout == "synthetic" else data.layout,
+            dataset=data.name,
+            classes=data.classes,
+            splits=data.splits,
+            views=data.views,
+            validation=data.validation,
+            follow_links=data.follow_links,
+        )
+    check_records(split.train, split.test)
+    check_files([*split.train, *split.test])
+    return split
+
+
+def parts_of(config: ConfigDict) -> dict[str, layouts.Part]:
+    """The data sets of a config by name: those of a joint one, or the only one."""
+    data = config.data
+    if data.layout == "joint":
+        return {
+            name: layouts.Part(part.layout, Path(part.root), part.classes, part.splits)
+            for name, part in data.parts.items()
+        }
+    name = data.name or Path(data.root).absolute().name
+    return {name: layouts.Part(data.layout, Path(data.root), data.classes, data.splits)}
+
+
+def print_sources(config: ConfigDict) -> None:
+    """Prints where the data come from and their licence; nothing of them needs to be there."""
+    for name, part in parts_of(config).items():
+        print(layouts.describe_source(part.layout, name), flush=True)
+
+
+def print_left_aside(config: ConfigDict) -> None:
+    """Prints what of the data is not used, which `read_split` has found to be there."""
+    data = config.data
+    for name, part in parts_of(config).items():
+        for note in layouts.left_aside(
+            part.root,
+            layout=part.layout,
+            classes=part.classes,
+            validation=data.validation,
+            follow_links=data.follow_links,
+        ):
+            print(f"{name}: {note}", flush=True)
+
+
+def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
+    """A callback (done, total) that draws a bar from its first call on."""
+    if not wanted:
+        return None
+    bar: list[tqdm] = []
+
+    def progress(done: int, total: int) -> None:
+        if not bar:
+            bar.append(tqdm(desc="generating images", unit="image", total=total))
+        bar[0].update(done - bar[0].n)
+        if done == total:
+            bar[0].close()
+
+    return progress
