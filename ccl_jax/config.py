@@ -14,6 +14,7 @@ from ml_collections.config_dict import ConfigDict
 HOW_TO_RUN = (
     "name",
     "data.root",
+    "data.check",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

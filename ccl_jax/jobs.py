@@ -1,5 +1,7 @@
 """The jobs behind the door: each takes a validated config apart and calls the plain functions."""
 
+import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +12,8 @@ from tqdm import tqdm
 from ccl_jax import baseline, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
-from ccl_jax.data import layouts, pipeline, synthetic
+from ccl_jax.data import census_report, layouts, pipeline, synthetic
+from ccl_jax.data.census import take_census
 from ccl_jax.data.records import check_files, check_records
 from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
@@ -122,7 +125,12 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def prepare_job(config: ConfigDict, workdir: Path) -> int:
-    """Generates the benchmark where the config asks for one, and says what the data holds."""
+    """Generates the benchmark where the config asks for one, and says what the data holds.
+
+    Returns 1 where `config.data.check` is "full" and finds what would spoil a training.
+    """
+    if config.data.check == "full":
+        return census_of(config, workdir)
     split = read_split(config)
     rows = []
     for label, name in enumerate(split.class_names):
@@ -134,6 +142,25 @@ def prepare_job(config: ConfigDict, workdir: Path) -> int:
         )
     print("\n".join([f"{config.data.root}: {len(rows)} classes", *rows]))
     return 0
+
+
+def census_of(config: ConfigDict, workdir: Path) -> int:
+    """Opens every file, prints what was found, and writes all of it to WORKDIR/census.json."""
+    check_writable(workdir, "--workdir")
+    split = list_records(config)
+    census = take_census(
+        split.train,
+        split.test,
+        image_size=config.data.image_size,
+        threads=config.run.threads,
+        progress=progress_bar("opening images", wanted=config.run.progress),
+    )
+    details = (workdir / "census.json").absolute()
+    found = {"root": os.path.abspath(config.data.root), **census_report.as_json(census)}
+    setup.write_atomically(details, json.dumps(found, indent=2) + "\n")
+    print(f"{config.data.root}: {len(census.classes)} classes\n\n{census_report.as_text(census)}")
+    print(f"\n{details}: all files of each finding")
+    return 1 if census.spoiled else 0
 
 
 def baseline_job(config: ConfigDict, workdir: Path) -> int:
@@ -176,19 +203,27 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def read_split(config: ConfigDict) -> layouts.Split:
-    """The records of the config's data, generated first where they are to be."""
-    root = Path(config.data.root)
-    if config.data.layout == "synthetic":
-        synthetic.write_benchmark(
-            root, **config.synthetic.to_dict(), progress=progress_bar(wanted=config.run.progress)
-        )
-    split = layouts.read_mvtec(root, dataset=config.data.name, classes=config.data.classes)
-    check_records(split.train, split.test)
+    """The records of the config's data, each opened as far as its size."""
+    split = list_records(config)
     check_files([*split.train, *split.test])
     return split
 
 
-def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
+def list_records(config: ConfigDict) -> layouts.Split:
+    """The records of the config's data, generated first where they are to be; none is opened."""
+    root = Path(config.data.root)
+    if config.data.layout == "synthetic":
+        synthetic.write_benchmark(
+            root,
+            **config.synthetic.to_dict(),
+            progress=progress_bar("generating images", wanted=config.run.progress),
+        )
+    split = layouts.read_mvtec(root, dataset=config.data.name, classes=config.data.classes)
+    check_records(split.train, split.test)
+    return split
+
+
+def progress_bar(what: str, *, wanted: bool) -> Callable[[int, int], None] | None:
     """A callback (done, total) that draws a bar from its first call on."""
     if not wanted:
         return None
@@ -196,7 +231,7 @@ def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
 
     def progress(done: int, total: int) -> None:
         if not bar:
-            bar.append(tqdm(desc="generating images", unit="image", total=total))
+            bar.append(tqdm(desc=what, unit="image", total=total))
         bar[0].update(done - bar[0].n)
         if done == total:
             bar[0].close()

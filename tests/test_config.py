@@ -77,6 +77,7 @@ BAD = {
     "data.classes": (1,),
     "data.image_size": 100,
     "data.shuffle": "none",
+    "data.check": "all",
     "synthetic.image_size": 8,
     "synthetic.train_per_class": 0,
     "encoder.weights": "missing.npz",
