@@ -223,7 +223,7 @@ def test_every_kind_of_finding_has_a_test():
 
 def test_classes_are_counted_with_sizes_modes_defects_and_masks(photos):
     photo(size=(64, 64)).convert("RGBA").save(photos / "bolt/train/good/000.png")
-    Image.fromarray(np.arange(3600, dtype=np.uint16).reshape(60, 60) * 9).save(
+    Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 9).save(
         photos / "bolt/train/good/001.png"
     )
     (photos / "bolt/test/dent").mkdir()
@@ -236,7 +236,7 @@ def test_classes_are_counted_with_sizes_modes_defects_and_masks(photos):
         "train_normal": 4,
         "test_normal": 2,
         "test_anomalous": {"dent": 1, "square": 2},
-        "sizes": {"min": (70, 50), "median": (70, 50), "max": (64, 64), "different": 3},
+        "sizes": {"min": (40, 40), "median": (70, 50), "max": (64, 64), "different": 3},
         "modes": {"RGB": 7, "RGBA": 1, "I;16": 1},
         "masks": {
             "present": 3,
@@ -250,7 +250,7 @@ def test_classes_are_counted_with_sizes_modes_defects_and_masks(photos):
     }
     row = next(line for line in as_text(census_of(photos)).splitlines() if "bolt" in line)
     assert row.split()[1:5] == ["4", "2", "3", "2"]
-    assert "70x50 to 64x64, 3 sizes" in row and "3 of 3" in row and "40.95%" in row
+    assert "40x40 to 64x64, 3 sizes" in row and "3 of 3" in row and "40.95%" in row
 
 
 def test_the_crop_of_a_strip_is_what_counts(tmp_path):
