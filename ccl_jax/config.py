@@ -19,6 +19,7 @@ HOW_TO_RUN = (
     "data.parts.*.root",
     "data.parts.*.splits",
     "data.follow_links",
+    "data.check",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -11,13 +11,20 @@ from ccl_jax.data.records import check_files, check_records
 
 
 def read_split(config: ConfigDict) -> layouts.Split:
-    """The records of the config's data, generated first where they are to be."""
+    """The records of the config's data, each opened as far as its size."""
+    split = list_records(config)
+    check_files([*split.train, *split.test])
+    return split
+
+
+def list_records(config: ConfigDict) -> layouts.Split:
+    """The records of the config's data, generated first where they are to be; none is opened."""
     data = config.data
     if data.layout == "synthetic":
         synthetic.write_benchmark(
             Path(data.root),
             **config.synthetic.to_dict(),
-            progress=progress_bar(wanted=config.run.progress),
+            progress=progress_bar("generating images", "image", wanted=config.run.progress),
         )
     if data.layout == "joint":
         split = layouts.read_joint(
@@ -38,7 +45,6 @@ def read_split(config: ConfigDict) -> layouts.Split:
             follow_links=data.follow_links,
         )
     check_records(split.train, split.test)
-    check_files([*split.train, *split.test])
     return split
 
 
@@ -74,7 +80,7 @@ def print_left_aside(config: ConfigDict) -> None:
             print(f"{name}: {note}", flush=True)
 
 
-def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
+def progress_bar(what: str, unit: str, *, wanted: bool) -> Callable[[int, int], None] | None:
     """A callback (done, total) that draws a bar from its first call on."""
     if not wanted:
         return None
@@ -82,7 +88,7 @@ def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
 
     def progress(done: int, total: int) -> None:
         if not bar:
-            bar.append(tqdm(desc="generating images", unit="image", total=total))
+            bar.append(tqdm(desc=what, unit=unit, total=total))
         bar[0].update(done - bar[0].n)
         if done == total:
             bar[0].close()

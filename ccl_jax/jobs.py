@@ -1,5 +1,7 @@
 """The jobs behind the door: each takes a validated config apart and calls the plain functions."""
 
+import json
+import os
 import time
 from pathlib import Path
 
@@ -8,8 +10,16 @@ import jax
 from ccl_jax import baseline, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
-from ccl_jax.data import layouts, pipeline
-from ccl_jax.datasets import parts_of, print_left_aside, print_sources, read_split
+from ccl_jax.data import census_report, layouts, pipeline
+from ccl_jax.data.census import take_census
+from ccl_jax.datasets import (
+    list_records,
+    parts_of,
+    print_left_aside,
+    print_sources,
+    progress_bar,
+    read_split,
+)
 from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
 from ccl_jax.pretraining.episodes import Episodes
@@ -121,8 +131,13 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def prepare_job(config: ConfigDict, workdir: Path) -> int:
-    """Generates the benchmark where the config asks for one; says what the data are and hold."""
+    """Generates the benchmark where the config asks for one; says what the data are and hold.
+
+    Returns 1 where `config.data.check` is "full" and finds what would spoil a training.
+    """
     print_sources(config)
+    if config.data.check == "full":
+        return census_of(config, workdir)
     split = read_split(config)
     print_left_aside(config)
     rows = []
@@ -133,9 +148,33 @@ def prepare_job(config: ConfigDict, workdir: Path) -> int:
             f"{sum(not record.anomalous for record in test)} normal and "
             f"{sum(record.anomalous for record in test)} anomalous to test on"
         )
-    roots = ", ".join(str(part.root) for part in parts_of(config).values())
-    print("\n".join([f"{roots}: {len(rows)} classes", *rows]))
+    print("\n".join([f"{roots_of(config)}: {len(rows)} classes", *rows]))
     return 0
+
+
+def census_of(config: ConfigDict, workdir: Path) -> int:
+    """Opens every file, prints what was found, and writes all of it to WORKDIR/census.json."""
+    check_writable(workdir, "--workdir")
+    split = list_records(config)
+    census = take_census(
+        split.train,
+        split.test,
+        image_size=config.data.image_size,
+        threads=config.run.threads,
+        progress=progress_bar("opening images", "image", wanted=config.run.progress),
+    )
+    details = (workdir / "census.json").absolute()
+    roots = {name: os.path.abspath(part.root) for name, part in parts_of(config).items()}
+    found = {"roots": roots, **census_report.as_json(census)}
+    setup.write_atomically(details, json.dumps(found, indent=2) + "\n")
+    print(f"{roots_of(config)}: {len(census.classes)} classes\n\n{census_report.as_text(census)}")
+    print(f"\n{details}: all files of each finding")
+    return 1 if census.spoiled else 0
+
+
+def roots_of(config: ConfigDict) -> str:
+    """The folders of the data, for a line of text."""
+    return ", ".join(str(part.root) for part in parts_of(config).values())
 
 
 def baseline_job(config: ConfigDict, workdir: Path) -> int:

@@ -51,6 +51,7 @@ def _data(p: Problems) -> None:
         256,
     )
     p.choice("data.shuffle", "plain", "class_balanced")
+    p.choice("data.check", "headers", "full")
     p.check(
         "synthetic.image_size", lambda v: is_integer(v) and 32 <= v <= 1024, "in 32 .. 1024", 128
     )

@@ -66,6 +66,9 @@ def data() -> dict:
         "follow_links": False,  # whether links may lead out of root
         "image_size": 256,  # pixels, height and width; divisible by 32
         "shuffle": "plain",  # "plain", or "class_balanced": every class equally often
+        # What `--job prepare` opens of each file: "headers", as every job does before it starts, or
+        # "full": all pixels, which finds what is cut off, empty, or there twice.
+        "check": "headers",
     }
 
 

@@ -79,6 +79,7 @@ BAD = {
     "data.validation": "test",
     "data.image_size": 100,
     "data.shuffle": "none",
+    "data.check": "all",
     "synthetic.image_size": 8,
     "synthetic.train_per_class": 0,
     "encoder.weights": "missing.npz",

@@ -12,6 +12,8 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
+from ccl_jax.data import limits
+
 Source = Path | str | bytes
 
 
@@ -51,16 +53,25 @@ def read_image(source: Record | Source, size: int | None) -> UInt8[np.ndarray, "
     - EXIF orientation is not applied, as in the reference: masks belong to the stored raster.
 
     Raises:
-        ValueError: The file cannot be decoded, or has a pixel format without a 0..255 meaning;
-            the text names it.
+        ValueError: The file cannot be decoded, is larger than `limits` allow, or has a pixel format
+            without a 0..255 meaning; the text names it.
     """
-    crop = source.crop if isinstance(source, Record) else None
-    name, data = _name_and_data(source)
-    image = _cropped(_decode(data, name), crop, name)
+    image = read_stored(source)
     try:
         return as_rgb(image, size)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{_name_and_data(source)[0]}: {error}") from error
+
+
+def read_stored(source: Record | Source) -> Image.Image:
+    """The picture as it is stored, decoded and cropped: in its own mode and size.
+
+    Raises:
+        ValueError: The file cannot be decoded, or is larger than `limits` allow.
+    """
+    name, data = _name_and_data(source)
+    crop = source.crop if isinstance(source, Record) else None
+    return _cropped(_decode(data, name), crop, name)
 
 
 def as_rgb(image: Image.Image, size: int | None) -> UInt8[np.ndarray, "h w 3"]:
@@ -210,10 +221,9 @@ def _name_and_data(source: Record | Source) -> tuple[str, Source]:
 def _decode(data: Source, name: str, *, only_size: bool = False) -> Image.Image:
     """The picture with its pixels loaded and its file closed; every failure is one ValueError."""
     try:
-        with Image.open(BytesIO(data) if isinstance(data, bytes) else data) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise ValueError(f"{_times(image.size)} is more than {limit} pixels; shrink it")
+        source = BytesIO(data) if isinstance(data, bytes) else data
+        with limits.our_limit, Image.open(source) as image:
+            limits.check_shape(image)
             if not only_size:
                 image.load()
             return image
@@ -226,7 +236,9 @@ def _decode(data: Source, name: str, *, only_size: bool = False) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "it is empty, or not in a known image format"
+        return "it is empty, or not in a known image format, or has a side of 0 pixels"
+    if isinstance(error, Image.DecompressionBombError):
+        return str(error).partition(", could")[0].lower()
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
@@ -254,7 +266,8 @@ def _cropped(image: Image.Image, crop: tuple[int, int, int, int] | None, name: s
             f"{name} is {_times(image.size)} pixels, so the crop {crop} "
             "(left, top, right, bottom) is empty or outside; give the record a crop inside."
         )
-    return image.crop(crop)
+    with limits.our_limit:
+        return image.crop(crop)
 
 
 def _times(size: tuple[int, int]) -> str:
