@@ -293,7 +293,7 @@ def test_weight_that_float16_cannot_hold_is_refused(tmp_path):
 )
 def test_impossible_recipe_is_refused_with_a_fix(change, devices, fix):
     with pytest.raises(ValueError, match=rf"--config\.pretrain\.{fix}"):
-        check_recipe(dataclasses.replace(TINY, **change), devices)
+        check_recipe(dataclasses.replace(TINY, **change), devices, "classes")
 
 
 def test_distance_is_to_the_nearest_vector_of_the_memory():
