@@ -14,6 +14,10 @@ from ml_collections.config_dict import ConfigDict
 HOW_TO_RUN = (
     "name",
     "data.root",
+    "data.source",  # prepared images give the same batches
+    "data.prepared",
+    "data.prepared_images",
+    "data.cache_dir",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

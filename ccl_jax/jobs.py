@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from ccl_jax import baseline, report, settings, setup
+from ccl_jax import baseline, prepare, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline, synthetic
@@ -122,8 +122,8 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def prepare_job(config: ConfigDict, workdir: Path) -> int:
-    """Generates the benchmark where the config asks for one, and says what the data holds."""
-    split = read_split(config)
+    """Generates or prepares the data where the config asks for it, and says what they hold."""
+    split = read_folder(config)
     rows = []
     for label, name in enumerate(split.class_names):
         test = [record for record in split.test if record.label == label]
@@ -132,7 +132,10 @@ def prepare_job(config: ConfigDict, workdir: Path) -> int:
             f"{sum(not record.anomalous for record in test)} normal and "
             f"{sum(record.anomalous for record in test)} anomalous to test on"
         )
-    print("\n".join([f"{config.data.root}: {len(rows)} classes", *rows]))
+    print("\n".join([f"{config.data.root}: {len(rows)} classes", *rows]), flush=True)
+    if config.data.source == "prepared":
+        bar = progress_bar("preparing images", "image", wanted=config.run.progress)
+        print(prepare.write_prepared(config, split, bar))
     return 0
 
 
@@ -176,19 +179,28 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def read_split(config: ConfigDict) -> layouts.Split:
-    """The records of the config's data, generated first where they are to be."""
+    """The records of the config's data, from where `config.data.source` says."""
+    if config.data.source == "prepared":
+        bar = progress_bar("fetching shards", "shard", wanted=config.run.progress)
+        split = prepare.read_prepared(config, bar)
+        check_records(split.train, split.test)
+        return split
+    return read_folder(config)
+
+
+def read_folder(config: ConfigDict) -> layouts.Split:
+    """The records of the config's folder, generated first where they are to be."""
     root = Path(config.data.root)
     if config.data.layout == "synthetic":
-        synthetic.write_benchmark(
-            root, **config.synthetic.to_dict(), progress=progress_bar(wanted=config.run.progress)
-        )
+        bar = progress_bar("generating images", "image", wanted=config.run.progress)
+        synthetic.write_benchmark(root, **config.synthetic.to_dict(), progress=bar)
     split = layouts.read_mvtec(root, dataset=config.data.name, classes=config.data.classes)
     check_records(split.train, split.test)
     check_files([*split.train, *split.test])
     return split
 
 
-def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
+def progress_bar(what: str, unit: str, *, wanted: bool) -> Callable[[int, int], None] | None:
     """A callback (done, total) that draws a bar from its first call on."""
     if not wanted:
         return None
@@ -196,7 +208,7 @@ def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
 
     def progress(done: int, total: int) -> None:
         if not bar:
-            bar.append(tqdm(desc="generating images", unit="image", total=total))
+            bar.append(tqdm(desc=what, unit=unit, total=total))
         bar[0].update(done - bar[0].n)
         if done == total:
             bar[0].close()

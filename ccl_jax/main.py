@@ -6,10 +6,11 @@
 Jobs: train (the default) trains, checkpoints and evaluates, or goes on where it stopped; evaluate
 scores the test images of a trained workdir; predict scores your images
 (--config.predict.input=FILE_OR_FOLDER); import makes a workdir of a checkpoint of the authors' code
-(--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data;
-baseline prints what trivial detectors reach; pretrain learns an encoder from procedural images
-(configs/pretrain.py). evaluate, predict and export need no --config: the
-workdir knows its own. configs/default.py lists every setting with its unit.
+(--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data, or
+writes them as shards (--config.data.source=prepared); baseline prints what trivial detectors reach;
+pretrain learns an encoder from procedural images (configs/pretrain.py). evaluate, predict and
+export need no --config: the workdir knows its own. configs/default.py lists every setting with its
+unit.
 
 Exit status: 0 done, 1 an error (for predict also: some files could not be read), 2 wrong
 arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.

@@ -15,7 +15,7 @@ from ccl_jax import mesh, settings
 from ccl_jax.augment import Recipe
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
-from ccl_jax.data import layouts, pipeline
+from ccl_jax.data import layouts, pipeline, remote
 from ccl_jax.run_log import RunLog
 from ccl_jax.scoring import architecture_of
 from ccl_jax.state import Frozen, TrainState, init_state, obtain_encoder, purpose_key
@@ -109,7 +109,9 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
     differs.
     """
     config = config.copy_and_resolve_references()
-    config.data.root = os.path.abspath(config.data.root)  # a later job may start elsewhere
+    for key in ("root", "prepared", "cache_dir"):  # a later job may start elsewhere
+        if config.data[key] and not remote.is_url(config.data[key]):
+            config.data[key] = os.path.abspath(config.data[key])
     data = {
         "classes": split.class_names,
         "training_images": len(split.train),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ccl_jax.config import ConfigDict
+from ccl_jax.config import ConfigDict, flatten
 from ccl_jax.metrics.conventions import CONVENTIONS
 from ccl_jax.models.pretrained import check_builtin
 from ccl_jax.pretraining.images import KINDS
@@ -17,7 +17,7 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
     `needs_data` is False for a job that reads no data set.
     """
     problems = Problems(config)
-    if needs_data:
+    if needs_data and not has_prepared_data(config):
         root = "data.root"
         problems.check(root, lambda v: isinstance(v, str) and bool(v), "a folder", "/data/photos")
     problems.check("name", lambda v: isinstance(v, str) and bool(v), "a name", "mine")
@@ -29,6 +29,12 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
     if problems.lines:
         head = f"{len(problems.lines)} illegal setting{'s' * (len(problems.lines) > 1)}:"
         raise ValueError("\n  ".join([head, *problems.lines]))
+
+
+def has_prepared_data(config: ConfigDict) -> bool:
+    """Whether the config names prepared data, which need no folder that they were made from."""
+    values = dict(flatten(config))
+    return values.get("data.source") == "prepared" and bool(values.get("data.prepared"))
 
 
 def _data(p: Problems) -> None:
@@ -49,6 +55,10 @@ def _data(p: Problems) -> None:
         256,
     )
     p.choice("data.shuffle", "plain", "class_balanced")
+    p.choice("data.source", "folder", "prepared")
+    p.choice("data.prepared_images", "original", "resized")
+    for key, example in (("prepared", "/data/prepared"), ("cache_dir", "/data/cache")):
+        p.check(f"data.{key}", lambda v: isinstance(v, str), "a folder", example)
     p.check(
         "synthetic.image_size", lambda v: is_integer(v) and 32 <= v <= 1024, "in 32 .. 1024", 128
     )

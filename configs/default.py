@@ -54,6 +54,10 @@ def data() -> dict:
         "name": "",  # name of the data set in results; "" takes the folder's name
         "classes": (),  # names of the classes to use; () takes all
         "image_size": 256,  # pixels, height and width; divisible by 32
+        "source": "folder",  # root as it is, or "prepared": shards that --job prepare has written
+        "prepared": "",  # folder or URL (gs://bucket/mvtec) of the shards; "" is ROOT-prepared
+        "prepared_images": "original",  # as found; "resized": once, to image_size, as PNG
+        "cache_dir": "",  # folder for local copies of shards at URLs; "" is ~/.cache/ccl_jax
         "shuffle": "plain",  # "plain", or "class_balanced": every class equally often
     }
 
