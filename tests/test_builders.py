@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -403,13 +404,17 @@ def test_a_picture_that_cannot_be_read_stops_the_preparation_by_name(split, tmp_
         prepare(split, tmp_path / "p", image_size=size)
 
 
-def test_a_full_disk_is_told_with_what_to_do(split, tmp_path, monkeypatch):
-    def full(path, examples):
-        next(examples)
-        raise RuntimeError("No space left on device")
+@pytest.fixture
+def full_disk():
+    """Files that cannot grow beyond ten kilobytes."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
-    monkeypatch.setattr(builders.file_adapters.ArrayRecordFileAdapter, "write_examples", full)
-    with pytest.raises(ValueError, match=r"partial cannot be written \(No space left .* room"):
+
+def test_a_disk_that_is_full_is_told_with_what_to_do(split, tmp_path, full_disk):
+    with pytest.raises(ValueError, match=r"partial cannot be written \(.*too large.*make room"):
         prepare(split, tmp_path / "p")
 
 
