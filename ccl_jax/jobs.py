@@ -190,6 +190,11 @@ def read_split(config: ConfigDict) -> layouts.Split:
 
 def read_folder(config: ConfigDict) -> layouts.Split:
     """The records of the config's folder, generated first where they are to be."""
+    if not config.data.root:  # which passes the validation where only shards are to be read
+        raise ValueError(
+            "config.data.root='' must be the folder of the images, e.g. "
+            "--config.data.root=/data/photos"
+        )
     root = Path(config.data.root)
     if config.data.layout == "synthetic":
         bar = progress_bar("generating images", "image", wanted=config.run.progress)

@@ -11,8 +11,9 @@ from test_builders import files, truncate
 from test_main import assert_fails, command, tiny
 
 from ccl_jax import config as configs
-from ccl_jax import prepare
+from ccl_jax import prepare, setup
 from ccl_jax.data import manifest
+from ccl_jax.data.layouts import Split
 from ccl_jax.main import main
 
 
@@ -60,9 +61,8 @@ def test_without_a_folder_the_shards_lie_beside_the_images(tmp_path, capsys, mon
     assert (tmp_path / "photos-prepared/prepared.json").exists()
 
 
-@pytest.mark.parametrize("form", ["original", "resized"])
-def test_a_training_from_shards_gives_the_numbers_of_the_folder(trained, photos, tmp_path, form):
-    settings = prepared(tmp_path / "p", **{"data.prepared_images": form, "run.workers": 1})
+def test_a_training_from_shards_gives_the_numbers_of_the_folder(trained, photos, tmp_path):
+    settings = prepared(tmp_path / "p", **{"data.prepared_images": "resized"})
     assert main(prepare_words(photos, **settings)) == 0
     assert main(tiny(tmp_path / "gone", tmp_path / "run", **settings)) == 0
     assert results(tmp_path / "run") == results(trained)
@@ -104,14 +104,18 @@ def test_shards_need_no_data_root(shards, tmp_path, capsys):
     assert_fails(capsys, prepare_words("", **prepared(shards)), "config.data.root=''")
 
 
-def test_a_later_job_finds_the_shards_from_another_folder(shards, photos, tmp_path, monkeypatch):
+def test_a_workdir_remembers_where_the_shards_are_from_every_folder(
+    shards, tiny_config, tmp_path, monkeypatch
+):
     monkeypatch.chdir(shards.parent)
-    words = tiny(photos, tmp_path / "run", **prepared("p", **{"train.steps": 1}))
-    assert main(words) == 0
-    monkeypatch.chdir(tmp_path)
-    config = configs.read_json(tmp_path / "run/config.json")
-    assert config.data.prepared == str(shards)
-    assert main(command("evaluate", tmp_path / "run")) == 0
+    tiny_config.data.source = "prepared"
+    for location, remembered in (("p", str(shards)), ("gs://bucket/p", "gs://bucket/p"), ("", "")):
+        tiny_config.data.prepared = location
+        tiny_config.data.cache_dir = location
+        setup.settle_workdir(tiny_config, tmp_path, Split([], [], []), fresh=True)
+        data = configs.read_json(tmp_path / "config.json").data
+        assert (data.prepared, data.cache_dir) == (remembered, remembered)
+        assert data.root == tiny_config.data.root
 
 
 def test_a_training_before_the_preparation_is_refused_with_the_command(photos, tmp_path, capsys):
@@ -167,7 +171,7 @@ def test_prepared_data_at_a_url_are_published_fetched_and_read(photos, tmp_path,
     assert main([*tiny("", "unused", **elsewhere), "--job=baseline"]) == 0
     assert len(list((tmp_path / "there").glob("photos-*/ccl_jax-*"))) == 2
     other = prepare_words(photos, **elsewhere | {"data.classes": "('bolt',)"})
-    assert_fails(capsys, other, f"{url} holds data prepared with other classes")
+    assert_fails(capsys, other, f"{url} holds data prepared with other class_names", "delete all")
     assert main(prepare_words(photos, **elsewhere)) == 0
     assert f"{url}: 0 shards written" in capsys.readouterr().out
 

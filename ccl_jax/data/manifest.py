@@ -93,7 +93,7 @@ def from_json(text: str, where: str) -> Manifest:
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
             f"{where} is damaged ({error}); delete the prepared data and write them again: "
-            f"rm -r {os.path.dirname(where)}, then --job prepare."
+            f"{removal_of(os.path.dirname(where))}, then --job prepare."
         ) from error
     raise ValueError(
         f"{where} is of version {version} of the format, and this ccl_jax reads version {VERSION}; "
@@ -121,8 +121,13 @@ def check_same(found: Manifest, wanted: Manifest, where: str) -> None:
         raise ValueError(
             f"{where} holds data prepared with {'; '.join(lines)}. Choose another folder, e.g. "
             f"--config.data.prepared={where}-2, or delete it to have it written again: "
-            f"rm -r {where}"
+            f"{removal_of(where)}"
         )
+
+
+def removal_of(where: str) -> str:
+    """The command that deletes a prepared folder, or what to do with one at a URL."""
+    return f"delete all below {where} there" if "://" in where else f"rm -r {where}"
 
 
 def differences(
@@ -140,7 +145,7 @@ def differences(
             line = f"other {name} (only there: {gone[:9]}, only here: {added[:9]})"
         else:
             line = f"{name}={old!r} instead of {new!r}"
-        lines.append(line + (f" ({flag}{name}={old})" if flag else ""))
+        lines.append(line + (f" ({flag}{name}={old})" if flag and name in found else ""))
     return lines
 
 
