@@ -78,7 +78,7 @@ BAD = {
     "data.image_size": 100,
     "data.shuffle": "none",
     "data.source": "tar",
-    "data.prepared": 1,
+    "data.prepared": None,
     "data.prepared_images": "small",
     "data.cache_dir": None,
     "synthetic.image_size": 8,
