@@ -20,6 +20,10 @@ HOW_TO_RUN = (
     "data.parts.*.splits",
     "data.follow_links",
     "data.check",
+    "data.source",  # prepared images give the same batches
+    "data.prepared",
+    "data.prepared_images",
+    "data.cache_dir",
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

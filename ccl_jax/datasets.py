@@ -5,21 +5,45 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ccl_jax import prepare
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, synthetic
 from ccl_jax.data.records import check_files, check_records
 
 
 def read_split(config: ConfigDict) -> layouts.Split:
-    """The records of the config's data, each opened as far as its size."""
-    split = list_records(config)
+    """The records of the config's data, from where `config.data.source` says.
+
+    Prints what of a folder is not used.
+    """
+    if config.data.source == "prepared":
+        bar = progress_bar("fetching shards", "shard", wanted=config.run.progress)
+        split = prepare.read_prepared(config, bar)
+        check_records(split.train, split.test)
+        return split
+    return read_folder(config)
+
+
+def read_folder(config: ConfigDict) -> layouts.Split:
+    """The records of the config's folder, each opened as far as its size.
+
+    Prints what of it is not used.
+    """
+    split = list_folder(config)
     check_files([*split.train, *split.test])
+    print_left_aside(config)
     return split
 
 
-def list_records(config: ConfigDict) -> layouts.Split:
-    """The records of the config's data, generated first where they are to be; none is opened."""
+def list_folder(config: ConfigDict) -> layouts.Split:
+    """The records of the config's folder, generated first where they are to be; none is opened."""
     data = config.data
+    for key, part in data.parts.items() if data.layout == "joint" else [("", data)]:
+        if not part.root:  # which passes the validation where only shards are to be read
+            raise ValueError(
+                f"config.data.{key and f'parts.{key}.'}root='' must be the folder of the images, "
+                f"e.g. --config.data.{key and f'parts.{key}.'}root=/data/photos"
+            )
     if data.layout == "synthetic":
         synthetic.write_benchmark(
             Path(data.root),
@@ -67,7 +91,7 @@ def print_sources(config: ConfigDict) -> None:
 
 
 def print_left_aside(config: ConfigDict) -> None:
-    """Prints what of the data is not used, which `read_split` has found to be there."""
+    """Prints what of the config's folder is not used, which is known to be there."""
     data = config.data
     for name, part in parts_of(config).items():
         for note in layouts.left_aside(

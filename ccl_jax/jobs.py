@@ -7,17 +7,17 @@ from pathlib import Path
 
 import jax
 
-from ccl_jax import baseline, report, settings, setup
+from ccl_jax import baseline, prepare, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import census_report, layouts, pipeline
 from ccl_jax.data.census import take_census
 from ccl_jax.datasets import (
-    list_records,
+    list_folder,
     parts_of,
-    print_left_aside,
     print_sources,
     progress_bar,
+    read_folder,
     read_split,
 )
 from ccl_jax.evaluate import Conventions, evaluate
@@ -38,7 +38,6 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
     start = time.perf_counter()
     where = setup.devices_of(config, "train.batch_size", "eval.batch_size")
     split = read_split(config)
-    print_left_aside(config)
     total, per_epoch = settings.total_steps(config, len(split.train))
     with lock_workdir(workdir):
         with (
@@ -131,15 +130,17 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def prepare_job(config: ConfigDict, workdir: Path) -> int:
-    """Generates the benchmark where the config asks for one; says what the data are and hold.
+    """Generates, checks or prepares the data as the config asks; says what they are and hold.
 
-    Returns 1 where `config.data.check` is "full" and finds what would spoil a training.
+    Returns 1 where `config.data.check` is "full" and finds what would spoil a training; then
+    nothing is prepared.
     """
     print_sources(config)
     if config.data.check == "full":
-        return census_of(config, workdir)
-    split = read_split(config)
-    print_left_aside(config)
+        spoiled = census_of(config, workdir)
+        if spoiled or config.data.source == "folder":
+            return spoiled
+    split = read_folder(config)
     rows = []
     for label, name in enumerate(split.class_names):
         test = [record for record in split.test if record.label == label]
@@ -148,14 +149,17 @@ def prepare_job(config: ConfigDict, workdir: Path) -> int:
             f"{sum(not record.anomalous for record in test)} normal and "
             f"{sum(record.anomalous for record in test)} anomalous to test on"
         )
-    print("\n".join([f"{roots_of(config)}: {len(rows)} classes", *rows]))
+    print("\n".join([f"{roots_of(config)}: {len(rows)} classes", *rows]), flush=True)
+    if config.data.source == "prepared":
+        bar = progress_bar("preparing images", "image", wanted=config.run.progress)
+        print(prepare.write_prepared(config, split, bar))
     return 0
 
 
 def census_of(config: ConfigDict, workdir: Path) -> int:
     """Opens every file, prints what was found, and writes all of it to WORKDIR/census.json."""
     check_writable(workdir, "--workdir")
-    split = list_records(config)
+    split = list_folder(config)
     census = take_census(
         split.train,
         split.test,
@@ -242,7 +246,7 @@ def evaluate_and_print(
                 published_metrics=config.eval.published_metrics,
             ),
             folder=folder,
-            dataset=config.data.name or " + ".join(sorted(parts_of(config))),
+            dataset=config.data.name or " + ".join(sorted({r.dataset for r in split.test})),
             provenance={
                 **provenance(config.to_dict()),
                 "seconds_before_evaluation": round(seconds, 3),

@@ -6,11 +6,12 @@
 Jobs: train (the default) trains, checkpoints and evaluates, or goes on where it stopped; evaluate
 scores the test images of a trained workdir; predict scores your images
 (--config.predict.input=FILE_OR_FOLDER); import makes a workdir of a checkpoint of the authors' code
-(--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data, and
-with --config.data.check=full opens all of it and says what is wrong; baseline prints what trivial
-detectors reach; pretrain learns an encoder from procedural images (configs/pretrain.py). evaluate,
-predict and export need no --config: the workdir knows its own. configs/default.py lists every
-setting with its unit.
+(--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data, with
+--config.data.check=full opens all of it and says what is wrong, and with
+--config.data.source=prepared writes it as shards; baseline prints what trivial detectors reach;
+pretrain learns an encoder from procedural images (configs/pretrain.py). evaluate, predict and
+export need no --config: the workdir knows its own. configs/default.py lists every setting with its
+unit.
 
 Exit status: 0 done, 1 an error (for predict also: some files could not be read; for prepare: data
 that would spoil a training), 2 wrong arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.

@@ -15,7 +15,7 @@ from ccl_jax import mesh, settings
 from ccl_jax.augment import Recipe
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
-from ccl_jax.data import layouts, pipeline
+from ccl_jax.data import layouts, pipeline, remote
 from ccl_jax.run_log import RunLog
 from ccl_jax.scoring import architecture_of
 from ccl_jax.state import Frozen, TrainState, init_state, obtain_encoder, purpose_key
@@ -129,8 +129,14 @@ def with_absolute_roots(config: ConfigDict) -> ConfigDict:
     """A copy of the config that finds the data from any folder: a later job may start elsewhere."""
     config = config.copy_and_resolve_references()
     for section in (config.data, *config.data.parts.values()):
-        section.root = os.path.abspath(section.root) if section.root else ""
+        section.root = _absolute(section.root)
+    for key in ("prepared", "cache_dir"):
+        config.data[key] = _absolute(config.data[key])
     return config
+
+
+def _absolute(location: str) -> str:
+    return os.path.abspath(location) if location and not remote.is_url(location) else location
 
 
 def compare_settings(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ccl_jax.config import ConfigDict
+from ccl_jax.config import ConfigDict, flatten
 from ccl_jax.data.layouts import LAYOUTS, VALIDATION
 from ccl_jax.metrics.conventions import CONVENTIONS
 from ccl_jax.models.pretrained import check_builtin
@@ -18,7 +18,7 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
     `needs_data` is False for a job that reads no data set.
     """
     problems = Problems(config)
-    if needs_data:
+    if needs_data and not has_prepared_data(config):
         joint = problems.values.get("data.layout") == "joint"
         for root in _part_keys(problems, "root") if joint else ["data.root"]:
             problems.check(root, lambda v: v and isinstance(v, str), "a folder", "/data/photos")
@@ -31,6 +31,12 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
     if problems.lines:
         head = f"{len(problems.lines)} illegal setting{'s' * (len(problems.lines) > 1)}:"
         raise ValueError("\n  ".join([head, *problems.lines]))
+
+
+def has_prepared_data(config: ConfigDict) -> bool:
+    """Whether the config names prepared data, which need no folder that they were made from."""
+    values = dict(flatten(config))
+    return values.get("data.source") == "prepared" and bool(values.get("data.prepared"))
 
 
 def _data(p: Problems) -> None:
@@ -52,6 +58,19 @@ def _data(p: Problems) -> None:
     )
     p.choice("data.shuffle", "plain", "class_balanced")
     p.choice("data.check", "headers", "full")
+    p.choice("data.source", "folder", "prepared")
+    p.choice("data.prepared_images", "original", "resized")
+    for key, example in (("prepared", "/data/prepared"), ("cache_dir", "/data/cache")):
+        p.check(f"data.{key}", lambda v: isinstance(v, str), "a folder", example)
+    source, layout, where = (
+        p.values.get(f"data.{key}") for key in ("source", "layout", "prepared")
+    )
+    if source == "prepared" and layout == "joint" and where == "":
+        p.lines.append(
+            "config.data.prepared='' means a folder beside the images, and those of "
+            "config.data.layout='joint' lie in several; name one, e.g. "
+            "--config.data.prepared=/data/joint-prepared."
+        )
     p.check(
         "synthetic.image_size", lambda v: is_integer(v) and 32 <= v <= 1024, "in 32 .. 1024", 128
     )

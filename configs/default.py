@@ -65,6 +65,10 @@ def data() -> dict:
         "validation": "leave",  # of "mvtec2": its validation images set aside; "train": used too
         "follow_links": False,  # whether links may lead out of root
         "image_size": 256,  # pixels, height and width; divisible by 32
+        "source": "folder",  # root as it is, or "prepared": shards that --job prepare has written
+        "prepared": "",  # folder or URL (gs://bucket/mvtec) of the shards; "" is ROOT-prepared
+        "prepared_images": "original",  # as found; "resized": once, to image_size, as PNG
+        "cache_dir": "",  # folder for local copies of shards at URLs; "" is ~/.cache/ccl_jax
         "shuffle": "plain",  # "plain", or "class_balanced": every class equally often
         # What `--job prepare` opens of each file: "headers", as every job does before it starts, or
         # "full": all pixels, which finds what is cut off, empty, or there twice.

@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("train", "evaluate", "predict"), 3),
     **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
     **dict.fromkeys(("main", "config", "validation", "problems", "settings"), 4),
-    **dict.fromkeys(("setup", "jobs", "exchange", "datasets"), 4),
+    **dict.fromkeys(("setup", "jobs", "exchange", "datasets", "prepare"), 4),
 }
 DOOR = 4
 
@@ -29,6 +29,8 @@ ONLY_IN = {
     "tensorstore": ("ccl_jax/checkpoint.py",),
     "grain": ("ccl_jax/data/pipeline.py",),
     "tensorflow_datasets": ("ccl_jax/data/builders.py",),
+    "array_record": ("ccl_jax/data/manifest.py", "ccl_jax/data/shards.py"),
+    "fsspec": ("ccl_jax/data/remote.py",),
     "ml_collections": ("ccl_jax/config.py", "ccl_jax/main.py", "configs/*"),
     "jax.distributed": ("ccl_jax/mesh.py",),
     "tensorflow": (),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,18 @@ from PIL import Image, UnidentifiedImageError
 
 from ccl_jax.data import limits
 
-Source = Path | str | bytes
+
+class Stored(abc.ABC):
+    """Encoded bytes that lie within a larger file, such as a shard; light, and can be pickled."""
+
+    __slots__ = ()
+
+    @abc.abstractmethod
+    def read(self) -> bytes:
+        """The bytes, read anew at every call; a ValueError names the file that they lie in."""
+
+
+Source = Path | str | bytes | Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +37,12 @@ class Record:
     stays the same wherever the data lies.
     """
 
-    image: Path | bytes  # a file, or the encoded bytes of one
+    image: Path | bytes | Stored  # a file, or the encoded bytes of one
     dataset: str
     class_name: str
     label: int
     key: str
-    mask: Path | bytes | None = None
+    mask: Path | bytes | Stored | None = None
     anomalous: bool = False
     defect: str = "good"
     sample: str = ""  # the physical part, where several views show one
@@ -101,7 +113,7 @@ def read_mask(record: Record, size: int | None) -> UInt8[np.ndarray, "h w"]:
     if record.mask is None:
         shape = read_image(record, None).shape[:2] if size is None else (size, size)
         return np.zeros(shape, np.uint8)
-    name = record.key if isinstance(record.mask, bytes) else str(record.mask)
+    name = str(record.mask) if isinstance(record.mask, Path) else record.key
     image_name, image_data = _name_and_data(record)
     mask = _decode(record.mask, f"{name} (mask)")
     image_size = _decode(image_data, image_name, only_size=True).size
@@ -178,7 +190,7 @@ def _check_headers(record: Record) -> None:
     name, data = _name_and_data(record)
     size = _decode(data, name, only_size=True).size
     if record.mask is not None:
-        mask_name = record.key if isinstance(record.mask, bytes) else str(record.mask)
+        mask_name = str(record.mask) if isinstance(record.mask, Path) else record.key
         mask = _decode(record.mask, f"{mask_name} (mask)", only_size=True)
         _check_mask_size(mask_name, mask.size, name, size)
 
@@ -213,13 +225,15 @@ def _check_labels(records: Sequence[Record]) -> None:
 
 def _name_and_data(source: Record | Source) -> tuple[str, Source]:
     data = source.image if isinstance(source, Record) else source
-    if not isinstance(data, bytes):
+    if isinstance(data, Path | str):
         return str(data), data
+    data = data.read() if isinstance(data, Stored) else data
     return (source.key if isinstance(source, Record) else f"<{len(data)} bytes>"), data
 
 
 def _decode(data: Source, name: str, *, only_size: bool = False) -> Image.Image:
     """The picture with its pixels loaded and its file closed; every failure is one ValueError."""
+    data = data.read() if isinstance(data, Stored) else data
     try:
         source = BytesIO(data) if isinstance(data, bytes) else data
         with limits.our_limit, Image.open(source) as image:
