@@ -14,6 +14,8 @@ from ml_collections.config_dict import ConfigDict
 HOW_TO_RUN = (
     "name",
     "data.root",
+    "data.cache_gib",
+    "data.bad_files",  # images are as they would be; a run goes on where another had stopped
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

@@ -7,10 +7,11 @@ from pathlib import Path
 import jax
 from tqdm import tqdm
 
-from ccl_jax import baseline, report, settings, setup
+from ccl_jax import baseline, mesh, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline, synthetic
+from ccl_jax.data.pictures import DecodedCache
 from ccl_jax.data.records import check_files, check_records
 from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
@@ -48,6 +49,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 + (f", continuing at step {done}" if done else ""),
                 flush=True,
             )
+            cache = setup.decoded_cache(config, split)
 
             def evaluation(number: int, state: TrainState) -> None:
                 variables = join(training.frozen, state.params, state.batch_stats)
@@ -55,16 +57,19 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 scorer = Scorer(
                     training.graphdef, *variables, maps, where, number, training.encoder
                 )
-                evaluate_and_print(config, workdir, scorer, split, time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                again = cache if config.eval.every_steps else None  # kept images pay when reread
+                evaluate_and_print(config, workdir, scorer, split, seconds, again)
 
             with (
-                setup.train_batches(config, split, done) as batches,
                 setup.run_log(config, workdir, total, done) as log,
+                setup.train_batches(config, split, done, cache, log) as batches,
+                mesh.Ahead(batches, where) as sent,
             ):
                 state = train(
                     state,
                     training.frozen,
-                    batches,
+                    sent,
                     training.step,
                     where=where,
                     schedule=settings.schedule_of(config, total),
@@ -73,6 +78,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                     evaluate=evaluation,
                     stop=stop,
                 )
+            print_replaced(batches)
         if stop.signal is None:  # signals act as usual again: everything is saved
             evaluation(total, state)
             return 0
@@ -184,7 +190,9 @@ def read_split(config: ConfigDict) -> layouts.Split:
         )
     split = layouts.read_mvtec(root, dataset=config.data.name, classes=config.data.classes)
     check_records(split.train, split.test)
-    check_files([*split.train, *split.test])
+    # A training image that is to be skipped is found when it is its turn.
+    skip = config.data.bad_files == "skip"
+    check_files(split.test if skip else [*split.train, *split.test])
     return split
 
 
@@ -204,10 +212,30 @@ def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
     return progress
 
 
+def print_replaced(batches: pipeline.Batches) -> None:
+    """Names the training images that others stood in for, if there were any."""
+    reasons = [batches.unreadable[index] for index in sorted(batches.unreadable)]
+    if reasons:
+        lines = "\n  ".join(reasons)
+        print(
+            f"{len(reasons)} training images could not be read, and others of their classes stood "
+            f"in for them (config.data.bad_files=skip):\n  {lines}",
+            flush=True,
+        )
+
+
 def evaluate_and_print(
-    config: ConfigDict, workdir: Path, scorer: Scorer, split: layouts.Split, seconds: float
+    config: ConfigDict,
+    workdir: Path,
+    scorer: Scorer,
+    split: layouts.Split,
+    seconds: float,
+    cache: DecodedCache | None = None,
 ) -> None:
-    """Evaluates a scorer on the test images, and prints the table and where the rest is."""
+    """Evaluates a scorer on the test images, and prints the table and where the rest is.
+
+    `cache` keeps the test images for the next evaluation.
+    """
     folder = workdir / "evaluation" / str(scorer.step)
     dataset = split.train[0].dataset
     with pipeline.evaluation_batches(
@@ -218,6 +246,7 @@ def evaluate_and_print(
         workers=config.run.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        cache=cache,
     ) as batches:
         results = evaluate(
             scorer,

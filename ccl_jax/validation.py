@@ -49,6 +49,8 @@ def _data(p: Problems) -> None:
         256,
     )
     p.choice("data.shuffle", "plain", "class_balanced")
+    p.number("data.cache_gib", 0.0, 1e6, 2.0)
+    p.choice("data.bad_files", "stop", "skip")
     p.check(
         "synthetic.image_size", lambda v: is_integer(v) and 32 <= v <= 1024, "in 32 .. 1024", 128
     )

@@ -55,6 +55,12 @@ def data() -> dict:
         "classes": (),  # names of the classes to use; () takes all
         "image_size": 256,  # pixels, height and width; divisible by 32
         "shuffle": "plain",  # "plain", or "class_balanced": every class equally often
+        # GiB of memory per process for decoded images, so that each is read from its file once; a
+        # set that does not fit (images x image_size^2 x 3 bytes) is not kept at all; 0: never keep.
+        "cache_gib": 2.0,
+        # An unreadable training image: "stop" there, or "skip" it: the next readable one of its
+        # class stands in for it, and it is named at once and at the end. A test image always stops.
+        "bad_files": "stop",
     }
 
 
@@ -237,7 +243,7 @@ def run() -> dict:
     return {
         "devices": 0,  # devices to use; 0: all
         "threads": 4,  # that decode images, per process
-        "workers": 0,  # processes that decode images; 0: threads only
+        "workers": 0,  # processes that decode images which are not kept in memory; 0: threads only
         "progress": True,  # progress bars
         "tensorboard": True,  # events beside metrics.jsonl
     }

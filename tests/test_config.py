@@ -77,6 +77,8 @@ BAD = {
     "data.classes": (1,),
     "data.image_size": 100,
     "data.shuffle": "none",
+    "data.cache_gib": -1.0,
+    "data.bad_files": "ignore",
     "synthetic.image_size": 8,
     "synthetic.train_per_class": 0,
     "encoder.weights": "missing.npz",
