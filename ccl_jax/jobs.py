@@ -11,8 +11,8 @@ from ccl_jax import baseline, mesh, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline, synthetic
-from ccl_jax.data.pictures import DecodedCache
-from ccl_jax.data.records import check_files, check_records
+from ccl_jax.data.pictures import DecodedCache, check_pictures
+from ccl_jax.data.records import check_records
 from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
 from ccl_jax.pretraining.episodes import Episodes
@@ -190,9 +190,7 @@ def read_split(config: ConfigDict) -> layouts.Split:
         )
     split = layouts.read_mvtec(root, dataset=config.data.name, classes=config.data.classes)
     check_records(split.train, split.test)
-    # A training image that is to be skipped is found when it is its turn.
-    skip = config.data.bad_files == "skip"
-    check_files(split.test if skip else [*split.train, *split.test])
+    check_pictures(split.train, split.test, bad_files=config.data.bad_files)
     return split
 
 

@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from ccl_jax.data.records import Record, class_of, read_image, read_mask
+from ccl_jax.data.records import Record, check_files, class_of, read_image, read_mask
+
+HOW_TO_SKIP = "To train without such files: --config.data.bad_files=skip."
 
 
 class Pictures:
@@ -134,9 +136,7 @@ class TrainingImages:
                     return self._pictures.image(index), passed
                 except ValueError as error:
                     if not self._skip:
-                        raise ValueError(
-                            f"{error} To train without such files: --config.data.bad_files=skip."
-                        ) from error
+                        raise ValueError(f"{error} {HOW_TO_SKIP}") from error
                     self._unreadable[index] = str(error)
             passed[index] = self._unreadable[index]
             index = int(self._next[index])
@@ -145,6 +145,22 @@ class TrainingImages:
             f"none of the {len(passed)} training images of {name} can be read; the first: "
             f"{passed[index]} Or leave the class out with --config.data.classes."
         )
+
+
+def check_pictures(train: Sequence[Record], test: Sequence[Record], *, bad_files: str) -> None:
+    """Checks all files as `check_files`; those to train on only where a bad one is to "stop" it.
+
+    One that is to be skipped is found when it is its turn.
+
+    Raises:
+        ValueError: As `check_files`, with the setting that skips where one could be skipped.
+    """
+    if bad_files == "stop":
+        try:
+            check_files(train)
+        except ValueError as error:
+            raise ValueError(f"{error} {HOW_TO_SKIP}") from error
+    check_files(test)
 
 
 def _next_of_class(labels: Sequence[int]) -> np.ndarray:
