@@ -64,6 +64,7 @@ class _Rows:
         self._lock = threading.Lock()
 
     def get(self, index: int, compute: Callable[[], np.ndarray]) -> np.ndarray:
+        """The row, from memory if it was computed before."""
         if not self._there[index]:
             row = compute()
             with self._lock:  # several threads may have computed it; nobody writes what is read
