@@ -24,6 +24,8 @@ HOW_TO_RUN = (
     "data.prepared",
     "data.prepared_images",
     "data.cache_dir",
+    "data.cache_gib",
+    "data.bad_files",  # images are as they would be; a run goes on where another had stopped
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",

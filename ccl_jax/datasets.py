@@ -8,7 +8,8 @@ from tqdm import tqdm
 from ccl_jax import prepare
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, synthetic
-from ccl_jax.data.records import check_files, check_records
+from ccl_jax.data.pictures import check_pictures
+from ccl_jax.data.records import check_records
 
 
 def read_split(config: ConfigDict) -> layouts.Split:
@@ -30,7 +31,7 @@ def read_folder(config: ConfigDict) -> layouts.Split:
     Prints what of it is not used.
     """
     split = list_folder(config)
-    check_files([*split.train, *split.test])
+    check_pictures(split.train, split.test, bad_files=config.data.bad_files)
     print_left_aside(config)
     return split
 

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import jax
 
-from ccl_jax import baseline, prepare, report, settings, setup
+from ccl_jax import baseline, mesh, prepare, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import census_report, layouts, pipeline
 from ccl_jax.data.census import take_census
+from ccl_jax.data.pictures import DecodedCache
 from ccl_jax.datasets import (
     list_folder,
     parts_of,
@@ -56,6 +57,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 + (f", continuing at step {done}" if done else ""),
                 flush=True,
             )
+            cache = setup.decoded_cache(config, split)
 
             def evaluation(number: int, state: TrainState) -> None:
                 variables = join(training.frozen, state.params, state.batch_stats)
@@ -63,16 +65,19 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 scorer = Scorer(
                     training.graphdef, *variables, maps, where, number, training.encoder
                 )
-                evaluate_and_print(config, workdir, scorer, split, time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                again = cache if config.eval.every_steps else None  # kept images pay when reread
+                evaluate_and_print(config, workdir, scorer, split, seconds, again)
 
             with (
-                setup.train_batches(config, split, done) as batches,
                 setup.run_log(config, workdir, total, done) as log,
+                setup.train_batches(config, split, done, cache, log) as batches,
+                mesh.Ahead(batches, where) as sent,
             ):
                 state = train(
                     state,
                     training.frozen,
-                    batches,
+                    sent,
                     training.step,
                     where=where,
                     schedule=settings.schedule_of(config, total),
@@ -81,6 +86,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                     evaluate=evaluation,
                     stop=stop,
                 )
+            print_replaced(batches)
         if stop.signal is None:  # signals act as usual again: everything is saved
             evaluation(total, state)
             return 0
@@ -220,10 +226,30 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
+def print_replaced(batches: pipeline.Batches) -> None:
+    """Names the training images that others stood in for, if there were any."""
+    reasons = [batches.unreadable[index] for index in sorted(batches.unreadable)]
+    if reasons:
+        lines = "\n  ".join(reasons)
+        print(
+            f"{len(reasons)} training images could not be read, and others of their classes stood "
+            f"in for them (config.data.bad_files=skip):\n  {lines}",
+            flush=True,
+        )
+
+
 def evaluate_and_print(
-    config: ConfigDict, workdir: Path, scorer: Scorer, split: layouts.Split, seconds: float
+    config: ConfigDict,
+    workdir: Path,
+    scorer: Scorer,
+    split: layouts.Split,
+    seconds: float,
+    cache: DecodedCache | None = None,
 ) -> None:
-    """Evaluates a scorer on the test images, and prints the table and where the rest is."""
+    """Evaluates a scorer on the test images, and prints the table and where the rest is.
+
+    `cache` keeps the test images for the next evaluation.
+    """
     folder = workdir / "evaluation" / str(scorer.step)
     with pipeline.evaluation_batches(
         split.test,
@@ -233,6 +259,7 @@ def evaluate_and_print(
         workers=config.run.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        cache=cache,
     ) as batches:
         results = evaluate(
             scorer,

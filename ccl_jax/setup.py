@@ -16,6 +16,7 @@ from ccl_jax.augment import Recipe
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline, remote
+from ccl_jax.data.pictures import DecodedCache, decoded_bytes
 from ccl_jax.run_log import RunLog
 from ccl_jax.scoring import architecture_of
 from ccl_jax.state import Frozen, TrainState, init_state, obtain_encoder, purpose_key
@@ -199,8 +200,25 @@ def first_or_saved(
     return checkpoints.restore(-1, abstract)
 
 
-def train_batches(config: ConfigDict, split: layouts.Split, start: int) -> Any:
-    """The batches from number `start` on."""
+def decoded_cache(config: ConfigDict, split: layouts.Split) -> DecodedCache:
+    """The memory for decoded images; says whether the training images fit."""
+    cache = DecodedCache(int(config.data.cache_gib * 2**30))
+    needed = decoded_bytes(len(split.train), config.data.image_size)
+    fits = needed <= cache.budget
+    what = "stay in memory" if fits else "are decoded anew in every epoch"
+    print(
+        f"the training images {what}: they take {needed / 2**30:.3g} GiB, and "
+        f"config.data.cache_gib={config.data.cache_gib:g}"
+        + ("; threads read them, no workers" if fits and config.run.workers else ""),
+        flush=True,
+    )
+    return cache
+
+
+def train_batches(
+    config: ConfigDict, split: layouts.Split, start: int, cache: DecodedCache, log: RunLog
+) -> pipeline.Batches:
+    """The batches from number `start` on; `log` learns of files that cannot be read."""
     return pipeline.train_batches(
         split.train,
         image_size=config.data.image_size,
@@ -212,4 +230,7 @@ def train_batches(config: ConfigDict, split: layouts.Split, start: int) -> Any:
         workers=config.run.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        cache=cache,
+        bad_files=config.data.bad_files,
+        report=log.note,
     )

@@ -71,6 +71,8 @@ def _data(p: Problems) -> None:
             "config.data.layout='joint' lie in several; name one, e.g. "
             "--config.data.prepared=/data/joint-prepared."
         )
+    p.number("data.cache_gib", 0.0, 1e6, 2.0)
+    p.choice("data.bad_files", "stop", "skip")
     p.check(
         "synthetic.image_size", lambda v: is_integer(v) and 32 <= v <= 1024, "in 32 .. 1024", 128
     )

@@ -73,6 +73,12 @@ def data() -> dict:
         # What `--job prepare` opens of each file: "headers", as every job does before it starts, or
         # "full": all pixels, which finds what is cut off, empty, or there twice.
         "check": "headers",
+        # GiB of memory per process for decoded images, so that each is read from its file once; a
+        # set that does not fit (images x image_size^2 x 3 bytes) is not kept at all; 0: never keep.
+        "cache_gib": 2.0,
+        # An unreadable training image: "stop" there, or "skip" it: the next readable one of its
+        # class stands in for it, and it is named at once and at the end. A test image always stops.
+        "bad_files": "stop",
     }
 
 
@@ -255,7 +261,7 @@ def run() -> dict:
     return {
         "devices": 0,  # devices to use; 0: all
         "threads": 4,  # that decode images, per process
-        "workers": 0,  # processes that decode images; 0: threads only
+        "workers": 0,  # processes that decode images which are not kept in memory; 0: threads only
         "progress": True,  # progress bars
         "tensorboard": True,  # events beside metrics.jsonl
     }

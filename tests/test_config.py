@@ -84,6 +84,8 @@ BAD = {
     "data.prepared": None,
     "data.prepared_images": "small",
     "data.cache_dir": None,
+    "data.cache_gib": -1.0,
+    "data.bad_files": "ignore",
     "synthetic.image_size": 8,
     "synthetic.train_per_class": 0,
     "encoder.weights": "missing.npz",

@@ -283,10 +283,43 @@ def test_a_bad_file_met_later_loses_no_step(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "advance", spoil)
         words = tiny(photos, tmp_path / "run", **{"train.steps": 40, "run.threads": 1})
+        words += ["--config.data.cache_gib=0"]  # an image that is in memory is not read again
         words += ["--config.train.checkpoint_every=1000", "--config.eval.every_steps=0"]
         assert_fails(capsys, words, "cannot be read as an image")
     with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
         assert checkpoints.latest is not None and checkpoints.latest >= 1
+
+
+def test_bad_training_files_are_skipped_when_asked_for_and_named_at_once_and_at_the_end(
+    tmp_path, capsys
+):
+    photos = write_photos(tmp_path / "photos")
+    bad = photos / "felt/train/good/002.png"
+    words = tiny(photos, tmp_path / "run", **{"eval.every_steps": 0})
+    bad.write_bytes(b"")
+    message = assert_fails(capsys, words, bad, "cannot be read as an image")
+    assert "--config.data.bad_files=skip" in message
+    assert main([*words, "--config.data.bad_files=skip"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count(f"{bad} cannot be read as an image") == 1
+    end = out[out.index("1 training images could not be read") :]
+    assert f"{bad} cannot be read as an image" in end and "**mean**" in end
+    log = (tmp_path / "run/log/metrics.jsonl").read_text()
+    notes = [line for line in map(json.loads, log.splitlines()) if "note" in line]
+    assert [line["note"].split(" cannot")[0] for line in notes] == [str(bad)]
+
+
+def test_a_run_that_a_bad_file_stopped_goes_on_when_it_may_be_skipped(trained, tmp_path, capsys):
+    photos, workdir = write_photos(tmp_path / "photos"), tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    for bad in photos.glob("bolt/train/good/00[012].png"):
+        bad.write_bytes(b"")
+    words = tiny(photos, workdir, **{"data.bad_files": "skip", "data.cache_gib": 0})
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["data"]["bad_files"] == "stop"
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "data.bad_files: 'stop' -> 'skip'" in out and "continuing at step 4" in out
 
 
 def test_a_damaged_config_of_a_workdir_is_named(trained, tmp_path, capsys):
