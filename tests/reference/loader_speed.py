@@ -1,12 +1,15 @@
 """Images a second of our loader and of PyTorch's: same files, same cores, one run.
 
-    python -m tests.reference.loader_speed DATA --size 256 --output docs/loader.md
+    python -m tests.reference.loader_speed DATA --prepared SHARDS --resized RESIZED \
+        --size 256 --output docs/loader.md
 
-DATA has the MVTec layout. PyTorch's DataLoader decodes, resizes and makes the second view on the
-CPU. Ours decodes and resizes on the host and makes the second view on the device, which is timed
-too: alone, and behind the loader on the same cores. Besides images a second the table has the CPU
-time of all processes per image, which hardly depends on what else the machine does. Every way is
-timed once per round, and the table shows medians over the rounds. Needs PyTorch, and Linux's /proc.
+DATA has the MVTec layout; SHARDS and RESIZED are the same images as `--job prepare` writes them
+with config.data.prepared_images "original" and "resized". PyTorch's DataLoader decodes, resizes and
+makes the second view on the CPU. Ours decodes and resizes on the host and makes the second view on
+the device, which is timed too: alone, and behind the loader on the same cores. Besides images a
+second the table has the CPU time of all processes per image, which hardly depends on what else the
+machine does. Every way is timed once per round, and the table shows medians over the rounds. Needs
+PyTorch, and Linux's /proc.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from ccl_jax import mesh
+from ccl_jax import config as configs
+from ccl_jax import mesh, prepare
 from ccl_jax.augment import normalize, second_view, to_unit
 from ccl_jax.data.layouts import read_mvtec
 from ccl_jax.data.pictures import DecodedCache
@@ -39,9 +43,8 @@ from tests.reference import torch_loader
 from tests.reference.views import PUBLISHED
 
 # Where records come from, by the name in the table; each has an option of that name.
-SOURCES: dict[str, Callable[[Path], list[Record]]] = {
-    "folder": lambda root: read_mvtec(root).train,
-}
+SOURCES = ("folder", "prepared", "resized")
+ROOT = Path(__file__).parents[2]
 LIBRARIES = ("torch", "torchvision", "jax", "grain", "pillow", "numpy")
 
 
@@ -60,6 +63,16 @@ class Way(NamedTuple):
     open: Callable[[], contextlib.AbstractContextManager[Iterator[Any]]]
     warm_up: int  # batches before the clock starts
     use: Callable[[Any], object] = id  # what is done with a batch
+
+
+def records_of(source: str, where: Path, size: int) -> list[Record]:
+    """The training images of one of `SOURCES`."""
+    if source == "folder":
+        return read_mvtec(where).train
+    config = configs.read_config_file(ROOT / "configs/default.py")
+    config.data.source, config.data.prepared = "prepared", str(where)
+    config.data.image_size = size
+    return prepare.read_prepared(config, None).train
 
 
 def cpu_seconds() -> float:
@@ -199,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> str:
     """The printed text, which `--output` also gets."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("folder", type=Path, help="folder in the MVTec layout")
-    for name in SOURCES.keys() - {"folder"}:
+    for name in SOURCES[1:]:
         parser.add_argument(f"--{name}", type=Path, help=f"the same images, {name}")
     parser.add_argument("--size", type=int, default=256, help="side of the images, pixels")
     parser.add_argument("--batch", type=int, default=16, help="images in a batch")
@@ -211,7 +224,11 @@ def main(arguments: Sequence[str] | None = None) -> str:
     flags.FLAGS.mark_as_parsed()
 
     chosen = {name: getattr(options, name) for name in SOURCES}
-    sources = {name: SOURCES[name](path) for name, path in chosen.items() if path is not None}
+    sources = {
+        name: records_of(name, path, options.size)
+        for name, path in chosen.items()
+        if path is not None
+    }
     shape = options.size, options.batch, options.readers
     ways = [*torch_ways(sources["folder"], *shape), *our_ways(sources, *shape)]
     found: list[list[Speed]] = [[] for _ in ways]
