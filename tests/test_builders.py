@@ -335,7 +335,7 @@ def test_data_of_another_source_or_form_are_refused_with_what_differs(split, tmp
         ({"image_size": None}, "images='resized' instead of 'original'; image_size=64 instead of"),
         ({"settings": {"data.layout": "visa"}}, "data.layout='mvtec' instead of 'visa'"),
         ({"settings": {**SETTINGS, "synthetic.seed": 1}}, "synthetic.seed=None instead of 1"),
-        ({"split": one}, r"other class_names \(only there: \['bolt'\], only here: \[\]\)"),
+        ({"split": one}, r"other class_names \(only there: \['photos/bolt'\], only here: \[\]\)"),
         ({"split": fewer}, "records={'train': 8, 'test': 8} instead of {'train': 8, 'test': 7}"),
     ]:
         with pytest.raises(ValueError, match=message) as error:

@@ -116,7 +116,7 @@ def test_a_chosen_class_has_the_batches_that_it_has_in_the_folder(tmp_path):
         assert found.class_names == want.class_names
         assert [(r.key, r.label) for r in found.train] == [(r.key, r.label) for r in want.train]
         assert_same(train(found.train, batch_size=4), train(want.train, batch_size=4))
-    assert read(tmp_path / "p", classes=("photos/nut",)).class_names == ["nut"]
+    assert read(tmp_path / "p", classes=("photos/nut",)).class_names == ["photos/nut"]
     with pytest.raises(ValueError, match=r"names 'not'.* did you mean 'nut'\? there are: bolt, fe"):
         read(tmp_path / "p", classes=("not",))
 
