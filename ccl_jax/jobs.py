@@ -207,9 +207,8 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     phases: list[tuple[str, Recipe | Episodes, Plan]] = [
         ("classes", *settings.pretraining_of(config))
     ]
-    for name in settings.EPISODES:
-        if config.pretrain[name].steps:
-            phases.append((name, *settings.episodes_of(config, name)))
+    if config.pretrain.episodes.steps:
+        phases.append(("episodes", *settings.episodes_of(config)))
     for name, recipe, _ in phases:
         check_recipe(recipe, where.size, name)
     begin = None

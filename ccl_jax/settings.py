@@ -10,8 +10,6 @@ from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.state import make_optimizer
 from ccl_jax.train import LossSettings, Schedule
 
-EPISODES = ("episodes", "larger")  # phases of a pretraining, by section of config.pretrain
-
 
 def total_steps(config: ConfigDict, images: int) -> tuple[int, int]:
     """Returns (steps of the whole training, steps per epoch).
@@ -53,15 +51,14 @@ def loss_settings(config: ConfigDict) -> LossSettings:
 def pretraining_of(config: ConfigDict) -> tuple[Recipe, Plan]:
     """What a pretraining learns first, and for how long."""
     values = config.pretrain.to_dict()
-    for phase in EPISODES:
-        del values[phase]
+    del values["episodes"]
     plan = _plan_in(values)
     return Recipe(**_common(config), **values), plan
 
 
-def episodes_of(config: ConfigDict, phase: str) -> tuple[Episodes, Plan]:
-    """What a pretraining learns in one of the phases after that, and for how long."""
-    values = config.pretrain[phase].to_dict()
+def episodes_of(config: ConfigDict) -> tuple[Episodes, Plan]:
+    """What a pretraining learns after that, and for how long."""
+    values = config.pretrain.episodes.to_dict()
     plan = _plan_in(values)
     return Episodes(**_common(config), **values), plan
 

@@ -236,15 +236,14 @@ def _pretrain(p: Problems) -> None:
     p.number("pretrain.label_smoothing", 0.0, 0.9, 0.1)
     for key in ("composite", "dense"):
         p.check(f"pretrain.{key}", lambda v: isinstance(v, bool), "True or False", False)
-    for section in ("pretrain.episodes", "pretrain.larger"):
-        p.integer(f"{section}.steps", 0, 2000)
-        p.integer(f"{section}.group", 3, 8)
-        p.integer(f"{section}.sound", 1, 2)
-        p.integer(f"{section}.memory", 1, 1024)
-        p.number(f"{section}.softness", 0.0, 100.0, 0.15, above=True)
-        for key in ("stage_weight", "image_weight"):
-            p.number(f"{section}.{key}", 0.0, 100.0, 0.5)
-    for section in ("pretrain", "pretrain.episodes", "pretrain.larger"):
+    p.integer("pretrain.episodes.steps", 0, 2000)
+    p.integer("pretrain.episodes.group", 3, 8)
+    p.integer("pretrain.episodes.sound", 1, 2)
+    p.integer("pretrain.episodes.memory", 1, 1024)
+    p.number("pretrain.episodes.softness", 0.0, 100.0, 0.15, above=True)
+    for key in ("stage_weight", "image_weight"):
+        p.number(f"pretrain.episodes.{key}", 0.0, 100.0, 0.5)
+    for section in ("pretrain", "pretrain.episodes"):
         p.check(
             f"{section}.kinds",
             lambda v: len(v) > 0 and all(kind in KINDS for kind in v) and len(set(v)) == len(v),
@@ -290,13 +289,12 @@ def _together(p: Problems, config: ConfigDict) -> None:
             'config.model.projector="none" leaves the local loss nothing to train; add '
             "--config.loss.local.weight=0 (RD without CCL also --config.loss.global_.weight=0)."
         )
-    for name in ("episodes", "larger"):
-        phase = config.pretrain[name]
-        if phase.sound >= phase.group:
-            p.lines.append(
-                f"config.pretrain.{name}.sound={phase.sound} leaves none of {phase.group} images "
-                f"to be damaged, e.g. --config.pretrain.{name}.sound={max(phase.group // 4, 1)}"
-            )
+    phase = config.pretrain.episodes
+    if phase.sound >= phase.group:
+        p.lines.append(
+            f"config.pretrain.episodes.sound={phase.sound} leaves none of {phase.group} images to "
+            f"be damaged, e.g. --config.pretrain.episodes.sound={max(phase.group // 4, 1)}"
+        )
     if config.eval.pool > config.data.image_size:
         p.lines.append(
             f"config.eval.pool={config.eval.pool} is larger than the score map of "

@@ -225,11 +225,8 @@ def pretrain() -> dict:
         "decay_share": 0.25,  # of the steps, the last ones, over which the rate falls to zero
         "checkpoint_every": 200,  # steps
         "log_every": 50,  # steps between lines in the log
-        # After that: damaged images among normal ones, of products that are new in every step;
-        # then the same with fewer, larger images.
+        # After that: damaged images among normal ones, of products that are new in every step.
         "episodes": episodes(),
-        "larger": episodes()
-        | {"image_size": 128, "group": 4, "sound": 1, "lr": 4e-4, "steps": 600},
     }
 
 

@@ -151,8 +151,6 @@ BAD = {
     "pretrain.episodes.stage_weight": -0.5,
     "pretrain.episodes.image_size": 72,
     "pretrain.episodes.lr": 0.0,
-    "pretrain.larger.steps": -1,
-    "pretrain.larger.group": 2,
     "run.devices": -1,
     "run.threads": 0,
     "run.workers": -1,
@@ -186,7 +184,7 @@ def test_all_illegal_values_are_told_at_once():
         ({"eval.pool": 200}, "larger than the score map"),
         ({"model.encoder": "resnet34"}, "add --config.model.encoder=resnet18"),  # builtin
         ({"augment.blur_kernel": 301}, "reaches beyond"),
-        ({"pretrain.larger.sound": 4}, r"larger\.sound=4 leaves none of 4 images"),
+        ({"pretrain.episodes.sound": 8}, r"episodes\.sound=8 leaves none of 8 images"),
         (
             {"loss.cosine.weight": 0.0, "loss.local.weight": 0.0, "loss.global_.weight": 0.0},
             "nothing would be trained",
