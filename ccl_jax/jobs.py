@@ -69,24 +69,26 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 again = cache if config.eval.every_steps else None  # kept images pay when reread
                 evaluate_and_print(config, workdir, scorer, split, seconds, again)
 
-            with (
-                setup.run_log(config, workdir, total, done) as log,
-                setup.train_batches(config, split, done, cache, log) as batches,
-                mesh.Ahead(batches, where) as sent,
-            ):
-                state = train(
-                    state,
-                    training.frozen,
-                    sent,
-                    training.step,
-                    where=where,
-                    schedule=settings.schedule_of(config, total),
-                    checkpoints=checkpoints,
-                    log=log,
-                    evaluate=evaluation,
-                    stop=stop,
-                )
-            print_replaced(batches)
+            try:
+                with (
+                    setup.run_log(config, workdir, total, done) as log,
+                    setup.train_batches(config, workdir, split, done, cache, log) as batches,
+                    mesh.Ahead(batches, where) as sent,
+                ):
+                    state = train(
+                        state,
+                        training.frozen,
+                        sent,
+                        training.step,
+                        where=where,
+                        schedule=settings.schedule_of(config, total),
+                        checkpoints=checkpoints,
+                        log=log,
+                        evaluate=evaluation,
+                        stop=stop,
+                    )
+            finally:
+                print_skipped(workdir)
         if stop.signal is None:  # signals act as usual again: everything is saved
             evaluation(total, state)
             return 0
@@ -225,9 +227,9 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
-def print_replaced(batches: pipeline.Batches) -> None:
+def print_skipped(workdir: Path) -> None:
     """Names the training images that others stood in for, if there were any."""
-    reasons = [batches.unreadable[index] for index in sorted(batches.unreadable)]
+    reasons = setup.skipped_in(workdir)
     if reasons:
         lines = "\n  ".join(reasons)
         print(
@@ -276,6 +278,7 @@ def evaluate_and_print(
             provenance={
                 **provenance(config.to_dict()),
                 "seconds_before_evaluation": round(seconds, 3),
+                "skipped_training_images": setup.skipped_in(workdir),
             },
         )
     lines = [f"step {scorer.step}\n\n{report.markdown_table(results)}\n"]

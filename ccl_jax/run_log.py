@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -94,6 +95,7 @@ class RunLog:
     ) -> None:
         self._throughput = Throughput(images_per_step)
         self._lines: IO[str] | None = None
+        self._writing = threading.Lock()  # notes come from other threads
         self._events: Any = None
         first = jax.process_index() == 0
         if first:
@@ -169,8 +171,9 @@ class RunLog:
 
     def _line(self, line: Mapping[str, Any]) -> None:
         if self._lines is not None:
-            self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-            self._lines.flush()
+            with self._writing:
+                self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+                self._lines.flush()
 
 
 def _reopen(path: Path, start_step: int) -> IO[str]:

@@ -116,7 +116,8 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
         "sha256": hashlib.sha256("\n".join(r.key for r in split.train).encode()).hexdigest(),
     }
     if fresh:
-        (workdir / "published.json").unlink(missing_ok=True)  # of an import that did not end
+        for name in ("published.json", "skipped.json"):  # of a start that did not come far
+            (workdir / name).unlink(missing_ok=True)
     else:
         compare_settings(configs.read_json(workdir / "config.json"), config, workdir)
         # A workdir that was imported has seen no data yet.
@@ -167,8 +168,6 @@ def check_same_model(config: ConfigDict, workdir: Path) -> None:
 
 def compare_data(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> None:
     """Raises ValueError where the training images are no longer those of the first start."""
-    if not any("/" in name for name in old["classes"]):  # written when classes had no data set
-        new = new | {"classes": [name.partition("/")[2] for name in new["classes"]]}
     if old == new:
         return
     raise ValueError(
@@ -216,9 +215,22 @@ def decoded_cache(config: ConfigDict, split: layouts.Split) -> DecodedCache:
 
 
 def train_batches(
-    config: ConfigDict, split: layouts.Split, start: int, cache: DecodedCache, log: RunLog
+    config: ConfigDict,
+    workdir: Path,
+    split: layouts.Split,
+    start: int,
+    cache: DecodedCache,
+    log: RunLog,
 ) -> pipeline.Batches:
-    """The batches from number `start` on; `log` learns of files that cannot be read."""
+    """The batches from number `start` on; the log and `skipped_in` learn of unreadable files."""
+
+    def report(reason: str) -> None:
+        log.note(reason)
+        reasons = skipped_in(workdir)
+        if reason not in reasons:
+            text = json.dumps([*reasons, reason], indent=2, ensure_ascii=False)
+            write_atomically(workdir / "skipped.json", text + "\n")
+
     return pipeline.train_batches(
         split.train,
         image_size=config.data.image_size,
@@ -232,5 +244,11 @@ def train_batches(
         process_count=jax.process_count(),
         cache=cache,
         bad_files=config.data.bad_files,
-        report=log.note,
+        report=report,
     )
+
+
+def skipped_in(workdir: Path) -> list[str]:
+    """Why which training images could not be read, at any start, so that others stood in."""
+    path = workdir / "skipped.json"
+    return json.loads(path.read_text()) if path.exists() else []

@@ -259,18 +259,6 @@ def test_training_images_that_changed_since_the_start_are_refused(trained, tmp_p
     assert_fails(capsys, tiny(photos, workdir), "started with 8 training images", "now holds 10")
 
 
-def test_a_workdir_from_before_classes_had_a_data_set_goes_on(trained, photos, tmp_path, capsys):
-    workdir = tmp_path / "run"
-    shutil.copytree(trained, workdir)
-    data = json.loads((workdir / "data.json").read_text())
-    assert data["classes"] == ["tiny/bolt", "tiny/felt"]
-    (workdir / "data.json").write_text(json.dumps(data | {"classes": ["bolt", "felt"]}))
-    assert main(tiny(photos, workdir)) == 0
-    assert json.loads((workdir / "data.json").read_text()) == data
-    (workdir / "data.json").write_text(json.dumps(data | {"classes": ["bolt", "nut"]}))
-    assert_fails(capsys, tiny(photos, workdir), "started with 8 training images")
-
-
 def test_a_bad_file_met_later_loses_no_step(tmp_path, capsys, monkeypatch):
     photos = write_photos(tmp_path / "photos")
     honest = RunLog.advance
@@ -320,6 +308,31 @@ def test_a_run_that_a_bad_file_stopped_goes_on_when_it_may_be_skipped(trained, t
     assert main(words) == 0
     out = capsys.readouterr().out
     assert "data.bad_files: 'stop' -> 'skip'" in out and "continuing at step 4" in out
+
+
+def test_skipped_files_are_remembered_over_starts_and_stand_in_the_results(tmp_path, capsys):
+    photos, workdir = write_photos(tmp_path / "photos"), tmp_path / "run"
+    bad = photos / "felt/train/good/002.png"
+    whole = bad.read_bytes()
+    words = tiny(photos, workdir, **{"data.bad_files": "skip", "eval.every_steps": 0})
+    words.append("--config.train.steps=2")
+
+    def skipped():
+        results = json.loads((workdir / "evaluation/2/results.json").read_text())
+        return results["provenance"]["skipped_training_images"]
+
+    bad.write_bytes(b"")
+    assert main(words) == 0
+    assert [reason.partition(" cannot be read")[0] for reason in skipped()] == [str(bad)]
+    bad.write_bytes(whole)
+    capsys.readouterr()
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "continuing at step 2" in out and "1 training images could not be read" in out
+    assert len(skipped()) == 1
+    shutil.rmtree(workdir / "checkpoints")  # nothing is left of the training that it stood in
+    assert main(words) == 0
+    assert skipped() == []
 
 
 def test_a_damaged_config_of_a_workdir_is_named(trained, tmp_path, capsys):
