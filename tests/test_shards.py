@@ -1,5 +1,7 @@
+import dataclasses
 import itertools
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,7 +16,7 @@ from test_builders import flip, odd_split, prepare, read, shard_file, truncate
 from ccl_jax.data import manifest
 from ccl_jax.data.layouts import Split, read_mvtec
 from ccl_jax.data.pipeline import evaluation_batches, train_batches
-from ccl_jax.data.records import Stored, check_files, check_records, read_image
+from ccl_jax.data.records import Stored, StoreError, check_files, check_records, read_image
 from ccl_jax.data.shards import Picture, ShardReader
 
 SIZE = 64
@@ -164,9 +166,40 @@ def test_a_shard_that_is_gone_or_cut_since_the_start_is_named_when_it_is_read(sp
     truncate(shard_file(tmp_path / "p", 0))
     shard_file(tmp_path / "p", 1).unlink()
     other = next(record for record in records if record.image.shard.path.name.find("-00001-") > 0)
-    for record in (records[0], other):
-        with pytest.raises(ValueError, match=r"0 records instead of \d+, or is missing\. .*--job"):
+    for record, reason in ((records[0], r"\d+ bytes instead of \d+"), (other, "is missing")):
+        with pytest.raises(StoreError, match=rf"{reason}\. .*--job prepare"):
             record.image.read()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_skip_passes_over_a_bad_picture_in_a_shard_and_stops_at_a_broken_shard(
+    split, tmp_path, workers
+):
+    bad = dataclasses.replace(split.train[0], image=b"not a picture")
+    prepare(split._replace(train=[bad, *split.train[1:]]), tmp_path / "p")
+    records = read(tmp_path / "p").train
+    options = {"image_size": SIZE, "batch_size": len(records), "seed": 3, "shuffle": "plain"}
+    options |= {"threads": 1, "workers": workers, "bad_files": "skip", "report": list}
+    with train_batches(records, **options) as batches:
+        next(batches)
+        assert list(batches.unreadable) == [0] and bad.key in batches.unreadable[0]
+    truncate(shard_file(tmp_path / "p", 0))
+    records = pickle.loads(pickle.dumps(records))  # as another process opens it
+    with (
+        train_batches(records, **options) as batches,
+        pytest.raises(ValueError, match=r"00000-of-.* bytes instead of .*--job prepare") as error,
+    ):
+        next(batches)
+    assert "bad_files" not in str(error.value)
+
+
+def test_a_shard_of_a_later_preparation_is_not_read_by_a_process_that_began_before(split, tmp_path):
+    prepare(split, tmp_path / "p")
+    records = read(tmp_path / "p").train
+    shutil.rmtree(tmp_path / "p")
+    prepare(split, tmp_path / "p", image_size=32)
+    with pytest.raises(StoreError, match=r"bytes instead of \d+\. If it was prepared anew"):
+        records[0].image.read()
 
 
 def test_a_checksum_that_differs_is_found_where_all_is_compared(split, tmp_path):
@@ -183,7 +216,7 @@ def test_a_checksum_that_differs_is_found_where_all_is_compared(split, tmp_path)
 def test_opening_from_many_threads_opens_once(split, tmp_path):
     prepare(split, tmp_path / "p")
     shard = manifest.read(tmp_path / "p").shards[0]
-    reader = ShardReader(tmp_path / "p" / shard.file, shard.records)
+    reader = ShardReader(tmp_path / "p" / shard.file, shard.records, shard.bytes)
     barrier, opened = threading.Barrier(8), set()
 
     def go():

@@ -16,31 +16,33 @@ from ccl_jax.data.builders import picture_in
 from ccl_jax.data.layouts import Split
 from ccl_jax.data.listings import Row
 from ccl_jax.data.manifest import Manifest, Shard
-from ccl_jax.data.records import Record, Stored
+from ccl_jax.data.records import Record, Stored, StoreError
 
 
 class ShardReader:
     """A file of records, opened when it is first read, in every process anew; threads share it."""
 
-    def __init__(self, path: Path, records: int) -> None:
+    def __init__(self, path: Path, records: int, size: int) -> None:
         self.path = path
         self._records = records
+        self._size = size  # in bytes
         self._lock = threading.Lock()
         self._reader: Any = None
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, int]]:
-        return ShardReader, (self.path, self._records)
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, int, int]]:
+        return ShardReader, (self.path, self._records, self._size)
 
     def read(self, position: int, part: str) -> bytes:
         """The encoded "image" or "mask" of a record.
 
         Raises:
-            ValueError: The shard is gone or damaged; the text names it and the repair.
+            StoreError: The shard is gone, damaged, or no longer the one that was listed; the text
+                names it and the repair.
         """
         try:
             (example,) = self._opened().read([position])
         except RuntimeError as error:
-            raise ValueError(
+            raise StoreError(
                 f"record {position} of {self.path} cannot be read ({error}). "
                 f"{repair(self.path.parent)}"
             ) from error
@@ -49,15 +51,26 @@ class ShardReader:
     def _opened(self) -> Any:
         with self._lock:
             if self._reader is None:
-                reader = array_record_module.ArrayRecordReader(str(self.path), manifest.READING)
-                # Of a file that is missing or none it holds 0 records, and says nothing.
-                if (count := reader.num_records()) != self._records:
-                    raise ValueError(
-                        f"{self.path} holds {count} records instead of {self._records}, or is "
-                        f"missing. {repair(self.path.parent)}"
-                    )
-                self._reader = reader
+                self._reader = self._open()
             return self._reader
+
+    def _open(self) -> Any:
+        if not self.path.is_file():
+            raise StoreError(f"{self.path} is missing. {repair(self.path.parent)}")
+        if (size := self.path.stat().st_size) != self._size:
+            raise StoreError(
+                f"{self.path} has {size} bytes instead of {self._size}. If it was prepared anew "
+                "meanwhile, start again, so that all images are of one preparation. Else it is "
+                f"damaged. {repair(self.path.parent)}"
+            )
+        reader = array_record_module.ArrayRecordReader(str(self.path), manifest.READING)
+        # Of a file that is none it holds 0 records, and says nothing.
+        if (count := reader.num_records()) != self._records:
+            raise StoreError(
+                f"{self.path} holds {count} records instead of {self._records}. "
+                f"{repair(self.path.parent)}"
+            )
+        return reader
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +82,7 @@ class Picture(Stored):
     part: str
 
     def read(self) -> bytes:
-        """The encoded bytes; ValueError where the shard is gone or damaged."""
+        """The encoded bytes; StoreError where the shard is gone or damaged."""
         return self.shard.read(self.position, self.part)
 
 
@@ -167,7 +180,7 @@ def _records(
     folder: Path, shard: Shard, found: Manifest, numbers: Mapping[int, int]
 ) -> list[Record]:
     rows = listings.read(folder / shard.listing).rows
-    reader = ShardReader(folder / shard.file, shard.records)
+    reader = ShardReader(folder / shard.file, shard.records, shard.bytes)
     return [
         _record(row, found, numbers, reader, position)
         for position, row in enumerate(rows)
