@@ -8,13 +8,15 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import miniatures
 import numpy as np
 import pytest
 from conftest import ROOT, write_photos
+from numbered import joined
 from test_builders import flip, odd_split, prepare, read, shard_file, truncate
 
 from ccl_jax.data import manifest
-from ccl_jax.data.layouts import Split, read_mvtec
+from ccl_jax.data.layouts import Split, read_mvtec, read_split
 from ccl_jax.data.pipeline import evaluation_batches, train_batches
 from ccl_jax.data.records import Stored, StoreError, check_files, check_records, read_image
 from ccl_jax.data.shards import Picture, ShardReader
@@ -76,6 +78,24 @@ def test_evaluation_batches_are_those_of_the_folder(split, prepared):
     want = evaluate(split.test)
     assert any(batch["mask"].any() for batch in want)
     assert_same(evaluate(read(prepared).test), want)
+
+
+def test_the_union_of_two_hosts_is_the_batch_of_one(split, prepared):
+    shares = [
+        train(read(prepared).train, batch_size=4, process_index=i, process_count=2)
+        for i in range(2)
+    ]
+    assert_same(joined(shares), train(split.train, batch_size=4))
+
+
+@pytest.mark.parametrize("size", [None, SIZE])
+def test_crops_of_strips_give_the_batches_of_the_folder(tmp_path, size):
+    split = read_split(miniatures.manta(tmp_path / "manta"), layout="manta")
+    assert {record.crop for record in split.train} == {(8 * i, 0, 8 * i + 8, 8) for i in range(5)}
+    prepare(split, tmp_path / "p", image_size=size)
+    again = read(tmp_path / "p")
+    assert_same(train(again.train), train(split.train))
+    assert_same(evaluate(again.test), evaluate(split.test))
 
 
 def test_worker_processes_read_the_same_batches(split, prepared):

@@ -90,9 +90,8 @@ def repair(folder: Path) -> str:
     """The sentence that says how to repair prepared data."""
     return (
         "Write what is damaged again, with the --config and --config.data.root of the images: "
-        "python -m ccl_jax.main --job prepare --config CONFIG --config.data.source=prepared "
-        f"--config.data.prepared={folder} (in a local copy of a URL delete the file instead: it is "
-        "then fetched again)."
+        f"python -m ccl_jax.main --config CONFIG {manifest.command_for(folder)} (in a local "
+        "copy of a URL delete the file instead: it is then fetched again)."
     )
 
 
@@ -116,7 +115,7 @@ def read_prepared(
             it holds other images, or images resized to another size than `image_size`.
     """
     found = manifest.read(folder)
-    command = f"--job prepare --config.data.source=prepared --config.data.prepared={folder}"
+    command = manifest.command_for(folder)
     if found is None:
         raise ValueError(
             f"{folder} holds no prepared data; write them first, by the same command with "
@@ -154,7 +153,7 @@ def _check_fits(
     if lines:
         raise ValueError(
             f"{folder} holds data prepared with {'; '.join(lines)}. Use its settings, or prepare "
-            f"these in another folder: --job prepare --config.data.prepared={folder}-{image_size}."
+            f"these in another folder: {manifest.command_for(f'{folder}-{image_size}')}."
         )
 
 
