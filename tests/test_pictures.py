@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -158,11 +159,11 @@ def test_what_fails_for_one_file_is_skipped_and_what_fails_for_all_stops(
     monkeypatch, error, skipped
 ):
     def fail(source):
-        if source == "bad.png":
+        if source == Path("bad.png"):
             raise error
         return Image.open(source)
 
-    records = [dataclasses.replace(CLASSES[0], image="bad.png"), *CLASSES[1:]]
+    records = [dataclasses.replace(CLASSES[0], image=Path("bad.png")), *CLASSES[1:]]
     monkeypatch.setattr(records_module, "Image", SimpleNamespace(**vars(Image) | {"open": fail}))
     if skipped:
         assert stand_ins(records)[1][0] == [0]
