@@ -216,9 +216,11 @@ def test_a_skip_passes_over_a_bad_picture_in_a_shard_and_stops_at_a_broken_shard
 def test_a_shard_of_a_later_preparation_is_not_read_by_a_process_that_began_before(split, tmp_path):
     prepare(split, tmp_path / "p")
     records = read(tmp_path / "p").train
+    size = shard_file(tmp_path / "p", 0).stat().st_size
     shutil.rmtree(tmp_path / "p")
-    prepare(split, tmp_path / "p", image_size=32)
-    with pytest.raises(StoreError, match=r"bytes instead of \d+\. If it was prepared anew"):
+    prepare(split._replace(train=split.train[::-1]), tmp_path / "p")
+    assert shard_file(tmp_path / "p", 0).stat().st_size == size
+    with pytest.raises(StoreError, match=r"00000-of-.* was prepared anew .* start it again"):
         records[0].image.read()
 
 
@@ -236,7 +238,7 @@ def test_a_checksum_that_differs_is_found_where_all_is_compared(split, tmp_path)
 def test_opening_from_many_threads_opens_once(split, tmp_path):
     prepare(split, tmp_path / "p")
     shard = manifest.read(tmp_path / "p").shards[0]
-    reader = ShardReader(tmp_path / "p" / shard.file, shard.records, shard.bytes)
+    reader = ShardReader(tmp_path / "p", shard)
     barrier, opened = threading.Barrier(8), set()
 
     def go():

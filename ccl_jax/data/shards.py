@@ -22,15 +22,15 @@ from ccl_jax.data.records import Record, Stored, StoreError
 class ShardReader:
     """A file of records, opened when it is first read, in every process anew; threads share it."""
 
-    def __init__(self, path: Path, records: int, size: int) -> None:
-        self.path = path
-        self._records = records
-        self._size = size  # in bytes
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self.path = folder / shard.file
+        self._folder = folder
+        self._shard = shard
         self._lock = threading.Lock()
         self._reader: Any = None
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, int, int]]:
-        return ShardReader, (self.path, self._records, self._size)
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, Shard]]:
+        return ShardReader, (self._folder, self._shard)
 
     def read(self, position: int, part: str) -> bytes:
         """The encoded "image" or "mask" of a record.
@@ -55,22 +55,18 @@ class ShardReader:
             return self._reader
 
     def _open(self) -> Any:
-        if not self.path.is_file():
-            raise StoreError(f"{self.path} is missing. {repair(self.path.parent)}")
-        if (size := self.path.stat().st_size) != self._size:
+        try:
+            now = listings.read(self._folder / self._shard.listing).shard
+        except ValueError as error:
+            raise StoreError(f"{error} {repair(self._folder)}") from error
+        if now.sha256 != self._shard.sha256:  # sizes are multiples of 64 KiB, and say less
             raise StoreError(
-                f"{self.path} has {size} bytes instead of {self._size}. If it was prepared anew "
-                "meanwhile, start again, so that all images are of one preparation. Else it is "
-                f"damaged. {repair(self.path.parent)}"
+                f"{self.path} was prepared anew since this process began; start it again, so that "
+                "all images are of one preparation."
             )
-        reader = array_record_module.ArrayRecordReader(str(self.path), manifest.READING)
-        # Of a file that is none it holds 0 records, and says nothing.
-        if (count := reader.num_records()) != self._records:
-            raise StoreError(
-                f"{self.path} holds {count} records instead of {self._records}. "
-                f"{repair(self.path.parent)}"
-            )
-        return reader
+        if reason := manifest.damage(self._folder, now, full=False):
+            raise StoreError(f"{reason}. {repair(self._folder)}")
+        return array_record_module.ArrayRecordReader(str(self.path), manifest.READING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,7 +175,7 @@ def _records(
     folder: Path, shard: Shard, found: Manifest, numbers: Mapping[int, int]
 ) -> list[Record]:
     rows = listings.read(folder / shard.listing).rows
-    reader = ShardReader(folder / shard.file, shard.records, shard.bytes)
+    reader = ShardReader(folder, shard)
     return [
         _record(row, found, numbers, reader, position)
         for position, row in enumerate(rows)
