@@ -182,9 +182,8 @@ def test_the_full_check_without_the_images_opens_the_shards_and_compares_checksu
     out = capsys.readouterr().out
     assert f"{shards}: 2 classes" in out and "tiny/felt" in out and "shards written" not in out
     found = json.loads((tmp_path / "run/census.json").read_text())
-    assert (
-        found["roots"] == {"tiny": str(shards)} and found["classes"]["tiny/bolt"]["train_normal"] == 4
-    )
+    assert found["roots"] == {"tiny": str(shards)}
+    assert found["classes"]["tiny/bolt"]["train_normal"] == 4
     shutil.copytree(shards, tmp_path / "p")
     path = next((tmp_path / "p").glob("ccl_jax-train*"))
     content = path.read_bytes()
