@@ -11,7 +11,7 @@ from ccl_jax import baseline, mesh, prepare, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import census_report, layouts, pipeline
-from ccl_jax.data.census import take_census
+from ccl_jax.data.census import KINDS, Census, file_of, take_census
 from ccl_jax.data.pictures import DecodedCache
 from ccl_jax.datasets import (
     list_folder,
@@ -146,7 +146,7 @@ def prepare_job(config: ConfigDict, workdir: Path) -> int:
     print_sources(config)
     if config.data.check == "full":
         spoiled = census_of(config, workdir)
-        if spoiled or config.data.source == "folder":
+        if spoiled or config.data.source == "folder" or not all(prepare.image_folders(config)):
             return spoiled
     split = read_folder(config)
     rows = []
@@ -165,9 +165,18 @@ def prepare_job(config: ConfigDict, workdir: Path) -> int:
 
 
 def census_of(config: ConfigDict, workdir: Path) -> int:
-    """Opens every file, prints what was found, and writes all of it to WORKDIR/census.json."""
+    """Opens every file, prints what was found, and writes all of it to WORKDIR/census.json.
+
+    Returns 1 where some of it would spoil a training or its evaluation. Without the folder of the
+    images their shards are opened, and all of the checksums compared.
+    """
     check_writable(workdir, "--workdir")
-    split = list_folder(config)
+    from_shards = config.data.source == "prepared" and not all(prepare.image_folders(config))
+    if from_shards:
+        bar = progress_bar("fetching shards", "shard", wanted=config.run.progress)
+        split = prepare.read_prepared(config, bar, full=True)
+    else:
+        split = list_folder(config)
     census = take_census(
         split.train,
         split.test,
@@ -176,12 +185,31 @@ def census_of(config: ConfigDict, workdir: Path) -> int:
         progress=progress_bar("opening images", "image", wanted=config.run.progress),
     )
     details = (workdir / "census.json").absolute()
-    roots = {name: os.path.abspath(part.root) for name, part in parts_of(config).items()}
-    found = {"roots": roots, **census_report.as_json(census)}
+    where = prepare.location_of(config) if from_shards else roots_of(config)
+    roots = {
+        name: where if from_shards else os.path.abspath(part.root)
+        for name, part in parts_of(config).items()
+    }
+    skipped = skipped_of(census, split) if config.data.bad_files == "skip" else []
+    bad = sum(len(of) for kind, of in census.findings.items() if KINDS[kind].spoils)
+    spoiled = bad > len(skipped)
+    found = {"roots": roots, **census_report.as_json(census), "spoiled": spoiled}
     setup.write_atomically(details, json.dumps(found, indent=2) + "\n")
-    print(f"{roots_of(config)}: {len(census.classes)} classes\n\n{census_report.as_text(census)}")
+    print(f"{where}: {len(census.classes)} classes\n\n{census_report.as_text(census)}")
     print(f"\n{details}: all files of each finding")
-    return 1 if census.spoiled else 0
+    if skipped:
+        print(
+            f"{len(skipped)} of the images that cannot be read are only trained on; others of "
+            "their classes will stand in for them (config.data.bad_files=skip)."
+        )
+    return 1 if spoiled else 0
+
+
+def skipped_of(census: Census, split: layouts.Split) -> list[str]:
+    """The unreadable images that a training can skip: of classes with others to train on."""
+    bad = {file for file, _ in census.findings["unreadable_images"]}
+    readable = {record.label for record in split.train if file_of(record) not in bad}
+    return [file_of(r) for r in split.train if file_of(r) in bad and r.label in readable]
 
 
 def roots_of(config: ConfigDict) -> str:

@@ -2,6 +2,7 @@ import dataclasses
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -303,9 +304,70 @@ def change_manifest(folder, **changes):
 
 def test_a_shard_with_another_number_of_records_than_the_manifest_says_is_named(split, tmp_path):
     prepare(split, tmp_path / "p")
-    change_manifest(tmp_path / "p", records=7)
-    with pytest.raises(ValueError, match=r"00000-of-\d+ holds \d records instead of 7"):
+    shard = manifest.read(tmp_path / "p").shards[0]._replace(records=7)
+    text = manifest.damage(tmp_path / "p", shard, full=False)
+    assert re.search(r"00000-of-\d+ holds \d records instead of 7", text)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"file": "../../stolen"},
+        {"file": "/etc/passwd"},
+        {"listing": "records/../../stolen.json"},
+        {"listing": "/etc/passwd"},
+        {"split": "val"},
+        {"records": 7},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_names_anything_but_the_shards_is_refused(split, tmp_path, changes):
+    prepare(split, tmp_path / "p")
+    change_manifest(tmp_path / "p", **changes)
+    with pytest.raises(
+        ValueError, match=r"prepared\.json is damaged \(it names .*--job prepare --c"
+    ):
         read(tmp_path / "p")
+
+
+def test_a_manifest_that_leaves_a_shard_out_or_counts_without_end_is_refused(split, tmp_path):
+    prepare(split, tmp_path / "p")
+    path = tmp_path / "p" / manifest.NAME
+    values = json.loads(path.read_text())
+    for changes, reason in [
+        ({"shards": values["shards"][:-1]}, "it does not name ccl_jax-test"),
+        ({"shards": values["shards"] + values["shards"][:1]}, "where nothing must be"),
+        ({"per_shard": {"train": 0, "test": 1}}, "zero"),
+    ]:
+        path.write_text(json.dumps(values | changes))
+        with pytest.raises(ValueError, match=rf"prepared\.json is damaged \(.*{reason}"):
+            read(tmp_path / "p")
+
+
+def test_a_listing_that_names_another_file_or_too_few_stamps_has_its_shard_written_again(
+    split, tmp_path
+):
+    prepare(split, tmp_path / "p")
+    path = tmp_path / "p" / manifest.read(tmp_path / "p").shards[0].listing
+    whole = json.loads(path.read_text())
+    other = {"shard": whole["shard"] | {"file": "../../stolen"}}
+    for changes in ({"stamps": whole["stamps"][:-1]}, {"stamps": [[]] * len(whole["rows"])}, other):
+        path.write_text(json.dumps(whole | changes))
+        assert prepare(split, tmp_path / "p").written == 1
+        assert json.loads(path.read_text())["shard"] == whole["shard"]
+
+
+def test_a_class_without_pictures_is_named_instead_of_shifting_the_others(split, tmp_path):
+    felt = [[r for r in part if r.label == 1] for part in split[:2]]
+    with pytest.raises(
+        ValueError, match=r"labels \[1\], and there are 2 classes: photos/bolt, phot"
+    ):
+        prepare(Split(*felt, split.class_names), tmp_path / "p")
+
+
+def test_a_setting_that_is_a_list_is_told_as_a_shell_takes_it():
+    lines = manifest.differences({"data.views": ["C1"]}, {"data.views": ()}, flag="--config.")
+    assert lines[0].endswith("(--config.data.views=\"('C1',)\")")
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[1]", '{"version": 1}', '{"version": 1, "shards": 3}'])
@@ -402,6 +464,33 @@ def test_a_picture_that_cannot_be_read_stops_the_preparation_by_name(split, tmp_
         expected = ValueError
     with pytest.raises(expected, match=bad.name):
         prepare(split, tmp_path / "p", image_size=size)
+
+
+def test_an_unreadable_training_image_is_stored_as_it_is_where_somebody_is_told(split, tmp_path):
+    truncate(split.train[5].image)
+    cropped = dataclasses.replace(split.train[0], crop=(0, 0, 999, 10))  # outside
+    split = split._replace(train=[cropped, *split.train[1:]])
+    told = []
+    prepare(split, tmp_path / "p", image_size=64, threads=2, unreadable=told.append)
+    assert sorted(text.split()[0] for text in told) == sorted(
+        [str(cropped.image), str(split.train[5].image)]
+    )
+    again = read(tmp_path / "p").train
+    assert again[5].image.read() == split.train[5].image.read_bytes()
+    for number, record in enumerate(again):
+        if number in (0, 5):
+            with pytest.raises(ValueError, match=rf"^{record.key} cannot be read as an image"):
+                read_image(record, 64)
+        else:
+            np.testing.assert_array_equal(
+                read_image(record, 64), read_image(split.train[number], 64)
+            )
+
+
+def test_an_unreadable_test_image_stops_the_preparation_in_any_case(split, tmp_path):
+    truncate(split.test[5].image)
+    with pytest.raises(ValueError, match=split.test[5].image.name):
+        prepare(split, tmp_path / "p", image_size=64, unreadable=print)
 
 
 @pytest.fixture

@@ -1,13 +1,19 @@
 """Decoded images: read once where they fit the budget, replaced by rule where a file is bad."""
 
+import dataclasses
+import errno
 import threading
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from numbered import RECORDS, SIZE, CountedRecords, damaged, make_record
+from PIL import Image
 
 from ccl_jax.data import pictures as module
+from ccl_jax.data import records as records_module
 from ccl_jax.data.pictures import (
     DecodedCache,
     Pictures,
@@ -15,7 +21,7 @@ from ccl_jax.data.pictures import (
     check_pictures,
     decoded_bytes,
 )
-from ccl_jax.data.records import read_image, read_mask
+from ccl_jax.data.records import StoreError, read_image, read_mask
 
 CLASSES = [make_record(number, label=number % 2) for number in range(6)]  # 0 2 4 and 1 3 5
 
@@ -136,6 +142,46 @@ def test_only_training_images_that_are_to_stop_a_training_are_checked_before_it(
     for bad_files in ("stop", "skip"):
         with pytest.raises(ValueError, match=r"made/9 cannot be read.*silently\.$"):
             check_pictures(CLASSES, damaged(test, 0), bad_files=bad_files)
+
+
+@pytest.mark.parametrize(
+    ("error", "skipped"),
+    [
+        (FileNotFoundError(errno.ENOENT, "gone"), True),
+        (PermissionError(errno.EACCES, "not yours"), True),
+        (OSError("image file is truncated"), True),
+        (OSError(errno.EMFILE, "too many open files"), False),
+        (OSError(errno.EIO, "input/output error"), False),
+        (OSError(errno.ESTALE, "stale file handle"), False),
+    ],
+)
+def test_what_fails_for_one_file_is_skipped_and_what_fails_for_all_stops(
+    monkeypatch, error, skipped
+):
+    def fail(source):
+        if source == Path("bad.png"):
+            raise error
+        return Image.open(source)
+
+    records = [dataclasses.replace(CLASSES[0], image=Path("bad.png")), *CLASSES[1:]]
+    monkeypatch.setattr(records_module, "Image", SimpleNamespace(**vars(Image) | {"open": fail}))
+    if skipped:
+        assert stand_ins(records)[1][0] == [0]
+    else:
+        for bad_files in ("skip", "stop"):
+            with pytest.raises(StoreError, match=r"no fault of the file.*again\.$"):
+                stand_ins(records, bad_files)
+            with pytest.raises(StoreError, match=r"no fault of the file.*again\.$"):
+                check_pictures(records, records, bad_files=bad_files)
+
+
+def test_a_lack_of_memory_is_no_bad_file(monkeypatch):
+    def fail(source):
+        raise MemoryError
+
+    monkeypatch.setattr(records_module, "Image", SimpleNamespace(**vars(Image) | {"open": fail}))
+    with pytest.raises(MemoryError):
+        stand_ins(CLASSES)
 
 
 def test_an_unknown_way_with_bad_files_is_an_error():

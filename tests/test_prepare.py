@@ -5,7 +5,10 @@ import os
 import shutil
 
 import fsspec
+import miniatures
+import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 from conftest import ROOT, write_photos
 from test_builders import files, truncate
 from test_main import assert_fails, command, tiny
@@ -14,6 +17,8 @@ from ccl_jax import config as configs
 from ccl_jax import prepare, setup
 from ccl_jax.data import manifest
 from ccl_jax.data.layouts import Split
+from ccl_jax.data.pictures import Pictures, TrainingImages
+from ccl_jax.data.records import read_image
 from ccl_jax.main import main
 
 
@@ -59,6 +64,132 @@ def test_without_a_folder_the_shards_lie_beside_the_images(tmp_path, capsys, mon
     monkeypatch.chdir(tmp_path)
     assert main(prepare_words("photos/", **{"data.source": "prepared"})) == 0
     assert (tmp_path / "photos-prepared/prepared.json").exists()
+
+
+@pytest.mark.parametrize("root", [".", "../photos", "photos/.."])
+def test_the_place_beside_the_images_does_not_depend_on_how_they_are_named(
+    tiny_config, tmp_path, monkeypatch, root
+):
+    (tmp_path / "photos/photos").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "photos")
+    tiny_config.data.root = root
+    assert prepare.location_of(tiny_config) == str(tmp_path / "photos-prepared")
+
+
+@pytest.mark.parametrize("name", ["p", "bolt/p", ""])
+def test_shards_do_not_go_among_the_images(tmp_path, capsys, name):
+    root = write_photos(tmp_path / "photos")
+    (tmp_path / "link").symlink_to(root)
+    before = sorted(root.rglob("*"))
+    words = prepare_words(root, **prepared(tmp_path / "link" / name))
+    assert_fails(capsys, words, "within the images of", f"--config.data.prepared={root}-prepared")
+    url = {"data.cache_dir": root / "cache"}
+    words = prepare_words(root, **prepared(f"file://{tmp_path}/store", **url))
+    assert_fails(capsys, words, "within the images of", f"--config.data.cache_dir={root}-cache_dir")
+    assert sorted(root.rglob("*")) == before
+
+
+def test_source_and_licence_reach_the_metadata_of_tensorflow_datasets(tmp_path):
+    root = write_photos(tmp_path / "mvtec_ad")
+    words = prepare_words(root, **prepared(tmp_path / "p", **{"data.name": "mvtec_ad"}))
+    assert main(words) == 0
+    info = tfds.builder_from_directory(tmp_path / "p").info
+    assert info.redistribution_info.license == "CC BY-NC-SA 4.0 (no commercial use)"
+    assert info.homepage == "https://www.mvtec.com/company/research/datasets/mvtec-ad"
+    assert info.description.startswith("mvtec_ad: MVTec AD, https://www.mvtec.com/")
+
+
+def joint(tmp_path, **settings):
+    roots = {
+        "mvtec": miniatures.mvtec(tmp_path / "mvtec"),
+        "visa": miniatures.visa(tmp_path / "visa"),
+        "btad": miniatures.btad(tmp_path / "btad") / "BTech_Dataset_transformed",
+        "real_iad": miniatures.real_iad(tmp_path / "iad"),
+    }
+    settings = {f"data.parts.{name}.root": root for name, root in roots.items()} | settings
+    settings |= {"data.image_size": 64, "run.progress": False}
+    return ["main", "--config", str(ROOT / "configs/joint.py"), *words_of(settings)]
+
+
+def test_a_joint_set_gives_from_shards_what_it_gives_from_its_folders(tmp_path, capsys):
+    for name in ("mvtec", "visa", "btad", "iad"):
+        (tmp_path / name).mkdir()
+    folders = joint(tmp_path)
+    assert main([*folders, "--job=baseline"]) == 0
+    want = capsys.readouterr().out
+    assert "| real_iad/toy |" in want and "| visa/pcb1 |" in want
+    words = [*folders, *words_of(prepared(tmp_path / "p"))]
+    assert main([*words, "--job=prepare"]) == 0
+    info = tfds.builder_from_directory(tmp_path / "p").info
+    for text in ("btad: CC BY-SA 4.0; mvtec: CC BY-NC-SA", "visa: CC BY 4.0"):
+        assert text in info.redistribution_info.license
+    for name in ("mvtec", "visa", "btad", "iad"):
+        shutil.rmtree(tmp_path / name)
+    capsys.readouterr()
+    assert main([*words, "--job=baseline"]) == 0
+    assert capsys.readouterr().out == want
+    other = [*words, "--config.data.parts.btad.classes=('01',)", "--job=baseline"]
+    assert_fails(capsys, other, "data.parts.btad.classes", '--config.data.parts.btad.classes="()"')
+
+
+def words_of(settings):
+    return [f"--config.{key}={value}" for key, value in settings.items()]
+
+
+@pytest.mark.parametrize("form", ["original", "resized"])
+def test_an_unreadable_training_image_is_prepared_where_it_is_to_be_skipped(tmp_path, capsys, form):
+    root = write_photos(tmp_path / "photos")
+    bad = root / "bolt/train/good/001.png"
+    truncate(bad)
+    settings = {"data.prepared_images": form, "data.check": "full"}
+    words = tiny(root, tmp_path / "run", **prepared(tmp_path / "p", **settings))
+    assert main([*words, "--job=prepare"]) == 1  # spoiled, as it is not to be skipped
+    assert json.loads((tmp_path / "run/census.json").read_text())["spoiled"] is True
+    capsys.readouterr()
+    words.append("--config.data.bad_files=skip")
+    assert main([*words, "--job=prepare"]) == 0
+    out = capsys.readouterr().out
+    assert "1 of the images that cannot be read are only trained on" in out
+    assert ("1 training images cannot be read, so they are stored" in out) == (form == "resized")
+    assert json.loads((tmp_path / "run/census.json").read_text())["spoiled"] is False
+    config = configs.read_config_file(ROOT / "configs/folder.py")
+    config.data.update({"name": "tiny", "image_size": 64, "prepared": str(tmp_path / "p")})
+    records = prepare.read_prepared(config, None).train
+    images = TrainingImages(Pictures(records, 64), "skip")
+    np.testing.assert_array_equal(
+        images.image(1)[0], read_image(root / "bolt/train/good/002.png", 64)
+    )
+    assert "tiny/bolt/train/good/001.png cannot be read" in images.image(1)[1][1]
+
+
+def test_a_class_or_test_image_that_cannot_be_read_spoils_in_spite_of_skipping(tmp_path, capsys):
+    for bad in ("bolt/train/good/*.png", "bolt/test/good/000.png"):
+        root = write_photos(tmp_path / bad.split("/")[1])
+        for file in root.glob(bad):
+            truncate(file)
+        settings = {"data.bad_files": "skip", "data.check": "full"}
+        words = tiny(root, tmp_path / "run", **prepared(tmp_path / "p", **settings))
+        assert main([*words, "--job=prepare"]) == 1
+        assert not (tmp_path / "p").exists()
+        assert "only trained on" not in capsys.readouterr().out
+
+
+def test_the_full_check_without_the_images_opens_the_shards_and_compares_checksums(
+    photos, shards, tmp_path, capsys
+):
+    words = tiny("", tmp_path / "run", **prepared(shards, **{"data.check": "full"}))
+    assert main([*words, "--job=prepare"]) == 0
+    out = capsys.readouterr().out
+    assert f"{shards}: 2 classes" in out and "tiny/felt" in out and "shards written" not in out
+    found = json.loads((tmp_path / "run/census.json").read_text())
+    assert found["roots"] == {"tiny": str(shards)}
+    assert found["classes"]["tiny/bolt"]["train_normal"] == 4
+    shutil.copytree(shards, tmp_path / "p")
+    path = next((tmp_path / "p").glob("ccl_jax-train*"))
+    content = path.read_bytes()
+    path.write_bytes(content[:-30] + bytes([content[-30] ^ 1]) + content[-29:])
+    words = tiny("", tmp_path / "run", **prepared(tmp_path / "p", **{"data.check": "full"}))
+    assert_fails(capsys, [*words, "--job=prepare"], "1 of 2 shards", path.name)
 
 
 def test_a_training_from_shards_gives_the_numbers_of_the_folder(trained, photos, tmp_path):

@@ -1,3 +1,5 @@
+import dataclasses
+import os
 import shutil
 import subprocess
 import sys
@@ -129,7 +131,9 @@ def test_a_shard_that_is_damaged_at_the_url_is_refused_and_never_appears(local, 
     name = shard_names(local)[1]
     content = stored(memory)[name]
     put(memory, name, content[:-1] + b"x")
-    with pytest.raises(ValueError, match=rf"{name} in .* another checksum .*--job prepare"):
+    with pytest.raises(
+        ValueError, match=rf"{name} in .* another checksum .*delete it there .*--job p"
+    ):
         remote.fetch(memory, tmp_path / "copy")
     assert not (tmp_path / "copy" / name).exists()
     assert not (tmp_path / "copy" / manifest.NAME).exists()
@@ -164,10 +168,64 @@ def test_data_that_were_prepared_anew_replace_the_copy(split, local, memory, tmp
     remote.fetch(memory, copy)
     shutil.rmtree(local)
     prepare(split, local, image_size=64)
+    with pytest.raises(
+        ValueError, match=r"memory://.* holds data prepared with .*delete all below"
+    ):
+        remote.publish(local, memory)
+    store, root = fsspec.core.url_to_fs(memory)
+    store.rm(root, recursive=True)
     assert remote.publish(local, memory) == len(shard_names(local))
     assert remote.fetch(memory, copy) == len(shard_names(local))
     assert manifest.read(copy) == manifest.read(local)
     read(copy, full=True)
+
+
+def test_a_second_machine_publishes_only_what_is_missing_and_leaves_a_whole_state(
+    split, local, memory, tmp_path
+):
+    remote.publish(local, memory)
+    for record in (*split.train, *split.test):
+        os.utime(record.image, ns=(0, 0))
+    second = tmp_path / "second"
+    prepare(split, second)
+    assert manifest.read(second) != manifest.read(local)  # the listings know the times
+    before = stored(memory)
+    assert remote.publish(second, memory) == 0
+    assert stored(memory) == before
+    store, root = fsspec.core.url_to_fs(memory)
+    store.rm(f"{root}/{shard_names(local)[1]}")
+    assert remote.publish(second, memory) == 1
+    remote.fetch(memory, tmp_path / "copy", full=True)
+    assert len(read(tmp_path / "copy", full=True).test) == len(split.test)
+
+
+def test_a_copy_that_was_fetched_can_be_prepared_and_published_to_an_empty_store(
+    split, local, memory, tmp_path
+):
+    remote.publish(local, memory)
+    remote.fetch(memory, tmp_path / "copy")
+    whole = stored(memory)
+    store, root = fsspec.core.url_to_fs(memory)
+    store.rm(root, recursive=True)
+    prepare(split, tmp_path / "copy")
+    remote.publish(tmp_path / "copy", memory)
+    assert stored(memory).keys() == whole.keys()
+
+
+@pytest.mark.parametrize("name", ["../../stolen", "{}/stolen"])
+def test_a_manifest_at_a_url_cannot_name_files_outside_the_copy(local, memory, tmp_path, name):
+    remote.publish(local, memory)
+    name = name.format(tmp_path)
+    found = manifest.read(local)
+    shard = found.shards[0]
+    changed = dataclasses.replace(found, shards=[shard._replace(file=name), *found.shards[1:]])
+    put(memory, manifest.NAME, changed.to_json().encode())
+    put(memory, name, (local / shard.file).read_bytes())
+    with pytest.raises(
+        ValueError, match=r"memory://.*prepared\.json is damaged \(it names .*stolen"
+    ):
+        remote.fetch(memory, tmp_path / "cache/deep/copy")
+    assert not list(tmp_path.rglob("*stolen*"))
 
 
 def test_a_url_without_prepared_data_is_named_with_the_command(local, memory, tmp_path):

@@ -1,20 +1,24 @@
+import dataclasses
 import itertools
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import miniatures
 import numpy as np
 import pytest
 from conftest import ROOT, write_photos
+from numbered import joined
 from test_builders import flip, odd_split, prepare, read, shard_file, truncate
 
 from ccl_jax.data import manifest
-from ccl_jax.data.layouts import Split, read_mvtec
+from ccl_jax.data.layouts import Split, read_mvtec, read_split
 from ccl_jax.data.pipeline import evaluation_batches, train_batches
-from ccl_jax.data.records import Stored, check_files, check_records, read_image
+from ccl_jax.data.records import Stored, StoreError, check_files, check_records, read_image
 from ccl_jax.data.shards import Picture, ShardReader
 
 SIZE = 64
@@ -74,6 +78,24 @@ def test_evaluation_batches_are_those_of_the_folder(split, prepared):
     want = evaluate(split.test)
     assert any(batch["mask"].any() for batch in want)
     assert_same(evaluate(read(prepared).test), want)
+
+
+def test_the_union_of_two_hosts_is_the_batch_of_one(split, prepared):
+    shares = [
+        train(read(prepared).train, batch_size=4, process_index=i, process_count=2)
+        for i in range(2)
+    ]
+    assert_same(joined(shares), train(split.train, batch_size=4))
+
+
+@pytest.mark.parametrize("size", [None, SIZE])
+def test_crops_of_strips_give_the_batches_of_the_folder(tmp_path, size):
+    split = read_split(miniatures.manta(tmp_path / "manta"), layout="manta")
+    assert {record.crop for record in split.train} == {(8 * i, 0, 8 * i + 8, 8) for i in range(5)}
+    prepare(split, tmp_path / "p", image_size=size)
+    again = read(tmp_path / "p")
+    assert_same(train(again.train), train(split.train))
+    assert_same(evaluate(again.test), evaluate(split.test))
 
 
 def test_worker_processes_read_the_same_batches(split, prepared):
@@ -164,9 +186,42 @@ def test_a_shard_that_is_gone_or_cut_since_the_start_is_named_when_it_is_read(sp
     truncate(shard_file(tmp_path / "p", 0))
     shard_file(tmp_path / "p", 1).unlink()
     other = next(record for record in records if record.image.shard.path.name.find("-00001-") > 0)
-    for record in (records[0], other):
-        with pytest.raises(ValueError, match=r"0 records instead of \d+, or is missing\. .*--job"):
+    for record, reason in ((records[0], r"\d+ bytes instead of \d+"), (other, "is missing")):
+        with pytest.raises(StoreError, match=rf"{reason}\. .*--job prepare"):
             record.image.read()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_skip_passes_over_a_bad_picture_in_a_shard_and_stops_at_a_broken_shard(
+    split, tmp_path, workers
+):
+    bad = dataclasses.replace(split.train[0], image=b"not a picture")
+    prepare(split._replace(train=[bad, *split.train[1:]]), tmp_path / "p")
+    records = read(tmp_path / "p").train
+    options = {"image_size": SIZE, "batch_size": len(records), "seed": 3, "shuffle": "plain"}
+    options |= {"threads": 1, "workers": workers, "bad_files": "skip", "report": list}
+    with train_batches(records, **options) as batches:
+        next(batches)
+        assert list(batches.unreadable) == [0] and bad.key in batches.unreadable[0]
+    truncate(shard_file(tmp_path / "p", 0))
+    records = pickle.loads(pickle.dumps(records))  # as another process opens it
+    with (
+        train_batches(records, **options) as batches,
+        pytest.raises(ValueError, match=r"00000-of-.* bytes instead of .*--job prepare") as error,
+    ):
+        next(batches)
+    assert "bad_files" not in str(error.value)
+
+
+def test_a_shard_of_a_later_preparation_is_not_read_by_a_process_that_began_before(split, tmp_path):
+    prepare(split, tmp_path / "p")
+    records = read(tmp_path / "p").train
+    size = shard_file(tmp_path / "p", 0).stat().st_size
+    shutil.rmtree(tmp_path / "p")
+    prepare(split._replace(train=split.train[::-1]), tmp_path / "p")
+    assert shard_file(tmp_path / "p", 0).stat().st_size == size
+    with pytest.raises(StoreError, match=r"00000-of-.* was prepared anew .* start it again"):
+        records[0].image.read()
 
 
 def test_a_checksum_that_differs_is_found_where_all_is_compared(split, tmp_path):
@@ -183,7 +238,7 @@ def test_a_checksum_that_differs_is_found_where_all_is_compared(split, tmp_path)
 def test_opening_from_many_threads_opens_once(split, tmp_path):
     prepare(split, tmp_path / "p")
     shard = manifest.read(tmp_path / "p").shards[0]
-    reader = ShardReader(tmp_path / "p" / shard.file, shard.records)
+    reader = ShardReader(tmp_path / "p", shard)
     barrier, opened = threading.Barrier(8), set()
 
     def go():

@@ -30,13 +30,14 @@ from ccl_jax.data import listings, manifest
 from ccl_jax.data.layouts import Split
 from ccl_jax.data.listings import Stamp, row_of, size_of, sources_of, stamped
 from ccl_jax.data.manifest import Manifest, Planned, Shard
-from ccl_jax.data.records import Record, read_image, read_mask
+from ccl_jax.data.records import Record, StoreError, read_image, read_mask
 
 SHARD_BYTES = (
     2**27
 )  # of a shard, about: what a killed preparation loses, and what is fetched at once
 SHARD_RECORDS = 8192  # at most, however small the images are
 Progress = Callable[[int, int], None]
+Report = Callable[[str], object]
 
 
 class Summary(NamedTuple):
@@ -56,6 +57,7 @@ def prepare(
     shard_bytes: int = SHARD_BYTES,
     threads: int = 1,
     progress: Progress | None = None,
+    unreadable: Report | None = None,
 ) -> Summary:
     """Writes the shards of a split into a folder, or those that are missing, and compares the rest.
 
@@ -65,9 +67,13 @@ def prepare(
     metadata: description, homepage, citation, license. `progress(done, total)` is called after
     every record. Several processes may start it together: one writes, the others wait.
 
+    A training image that cannot be resized is stored as it is found, and `unreadable` is told why;
+    without `unreadable` it stops the preparation. It cannot be read from the shard either.
+
     Raises:
-        ValueError: A picture cannot be read; the folder holds something else, such as the data of
-            other images or another size; or a picture has changed since it was prepared.
+        ValueError: A picture cannot be read; records and class names do not fit; the folder holds
+            something else, such as the data of other images or another size; or a picture has
+            changed since it was prepared.
     """
     folder = Path(os.path.abspath(folder))
     with manifest.locked(folder, "config.data.prepared"):
@@ -89,12 +95,13 @@ def prepare(
         for planned in missing:
             write = functools.partial(_write_shard, folder, planned, getattr(split, planned.split))
             tick = progress and functools.partial(_count_on, progress, done, total)
-            shards[planned.file] = write(image_size, threads, tick)
+            allowed = unreadable if planned.split == "train" else None
+            shards[planned.file] = write(image_size, threads, tick, allowed)
             done += planned.stop - planned.start
         complete = dataclasses.replace(
             wanted, shards=[shards[planned.file] for planned in wanted.planned()]
         )
-        if complete != found:
+        if complete != found or not (folder / "dataset_info.json").exists():  # a fetched copy
             _write_tfds_metadata(folder, complete, about or {})
             manifest.write_text(folder / manifest.NAME, complete.to_json())
     return Summary(len(missing), len(shards) - len(missing))
@@ -103,8 +110,18 @@ def prepare(
 def describe(
     split: Split, settings: Mapping[str, Any], image_size: int | None, shard_bytes: int
 ) -> Manifest:
-    """The manifest of a preparation that has not begun."""
+    """The manifest of a preparation that has not begun.
+
+    Raises:
+        ValueError: A class has no picture, or a picture no class.
+    """
     classes = {r.label: [r.dataset, r.class_name] for r in (*split.train, *split.test)}
+    if sorted(classes) != list(range(len(split.class_names))):
+        raise ValueError(
+            f"The pictures have the labels {sorted(classes)}, and there are "
+            f"{len(split.class_names)} classes: {', '.join(split.class_names)}. Leave out those "
+            "without pictures, with --config.data.classes, or number the classes from 0."
+        )
     return Manifest(
         settings=json.loads(json.dumps(dict(settings))),  # as it will be read
         images="original" if image_size is None else "resized",
@@ -140,6 +157,8 @@ def _kept(folder: Path, wanted: Manifest, split: Split) -> dict[str, Shard]:
             listing = listings.read(folder / planned.listing)
         except ValueError:
             continue  # never finished, or damaged: written again, which is what this is for
+        if not planned.is_that_of(listing.shard):
+            continue
         records = getattr(split, planned.split)[planned.start : planned.stop]
         changed += listings.changes(records, listing)
         if not manifest.damage(folder, listing.shard, full=True):
@@ -161,6 +180,7 @@ def _write_shard(
     image_size: int | None,
     threads: int,
     tick: Callable[[int], None] | None,
+    unreadable: Report | None,
 ) -> Shard:
     """Writes a shard and then its listing; each is there complete or not at all."""
     records = records[planned.start : planned.stop]
@@ -168,7 +188,7 @@ def _write_shard(
     stamps: list[list[Stamp]] = []
 
     def examples() -> Iterator[tuple[int, bytes]]:
-        encode = functools.partial(_encode, image_size=image_size)
+        encode = functools.partial(_encode, image_size=image_size, unreadable=unreadable)
         for done, (stamp, example) in enumerate(_in_threads(encode, records, threads), start=1):
             stamps.append(stamp)
             # Deterministic, so that the same pictures give the same checksums.
@@ -205,20 +225,39 @@ def _in_threads(
             yield from pool.map(function, records[start : start + few])
 
 
-def _encode(record: Record, *, image_size: int | None) -> tuple[list[Stamp], dict[str, Any]]:
+def _encode(
+    record: Record, *, image_size: int | None, unreadable: Report | None
+) -> tuple[list[Stamp], dict[str, Any]]:
     """The stamps of a record's files, and its example."""
     stamps, found = zip(*map(stamped, sources_of(record)), strict=True)
     pictures, crop = list(found), record.crop or ()
     if image_size is not None:
-        pictures = [_png(read_image(record, image_size))]
-        if record.mask is not None:
-            pictures.append(_png(255 * read_mask(record, image_size)))
+        pictures = _resized(record, pictures, image_size, unreadable)
         crop = ()
     example = row_of(record)._asdict()
     del example["masked"]
     example |= {"crop": crop, "dataset": record.dataset, "class_name": record.class_name}
     example |= {"image": pictures[0], "mask": b"".join(pictures[1:])}
     return list(stamps), example
+
+
+def _resized(
+    record: Record, found: list[bytes], image_size: int, unreadable: Report | None
+) -> list[bytes]:
+    """PNG of the image, and of the mask if there is one; as `found` if `unreadable` may be told."""
+    try:
+        pictures = [_png(read_image(record, image_size))]
+    except StoreError:
+        raise
+    except ValueError as error:
+        if unreadable is None:
+            raise
+        unreadable(str(error))
+        # The crop is not kept, and without it the picture might be read after all.
+        return [b"" if record.crop else found[0], *found[1:]]
+    if record.mask is not None:
+        pictures.append(_png(255 * read_mask(record, image_size)))
+    return pictures
 
 
 def _features(image_size: int | None) -> tfds.features.FeaturesDict:

@@ -74,6 +74,10 @@ def read(path: Path) -> Listing:
         shard = Shard(**content["shard"], listing_sha256=manifest.file_sha256(path))
         rows = [_row_from(values) for values in content["rows"]]
         stamps = content["stamps"]  # which most callers do not look at
+        if [len(of) for of in stamps] != [1 + row.masked for row in rows]:
+            raise ValueError("its rows and stamps do not go together")
+        if len(rows) != shard.records:
+            raise ValueError(f"it has {len(rows)} rows and should have {shard.records}")
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is missing or damaged ({error}).") from error
     return Listing(shard, rows, stamps)

@@ -42,6 +42,10 @@ class Planned(NamedTuple):
     start: int
     stop: int
 
+    def is_that_of(self, shard: Shard) -> bool:
+        """Whether a shard is this one: no other names are ever opened, fetched or published."""
+        return shard[:4] == (self.file, self.listing, self.split, self.stop - self.start)
+
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
@@ -82,24 +86,41 @@ def from_json(text: str, where: str) -> Manifest:
     """The manifest of a text that lies at `where`.
 
     Raises:
-        ValueError: It is damaged, or of another version of the format.
+        ValueError: It is damaged, names other files than it should, or is of another version of the
+            format.
     """
+    folder = os.path.dirname(where)
     try:
         values = dict(json.loads(text))
         version = values["version"]
         if version == VERSION:
             shards = values.pop("shards")
-            return Manifest(**values, shards=shards and [Shard(**shard) for shard in shards])
-    except (ValueError, TypeError, KeyError) as error:
+            found = Manifest(**values, shards=shards and [Shard(**shard) for shard in shards])
+            _check_names(found)
+            return found
+    except (ValueError, TypeError, KeyError, ArithmeticError) as error:
         raise ValueError(
             f"{where} is damaged ({error}); delete the prepared data and write them again: "
-            f"{removal_of(os.path.dirname(where))}, then --job prepare."
+            f"{removal_of(folder)}, then {command_for(folder)}."
         ) from error
     raise ValueError(
         f"{where} is of version {version} of the format, and this ccl_jax reads version {VERSION}; "
-        f"prepare the data again in another folder: --job prepare --config.data.prepared="
-        f"{os.path.dirname(where)}-{VERSION}."
+        f"prepare the data again in another folder: {command_for(f'{folder}-{VERSION}')}."
     )
+
+
+def _check_names(found: Manifest) -> None:
+    """Raises ValueError for a shard with a name, split or length that does not follow."""
+    planned = found.planned()
+    for shard in found.shards or ():
+        expected = next(planned, None)
+        if expected is None or not expected.is_that_of(shard):
+            raise ValueError(
+                f"it names {shard.file} with {shard.listing}, {shard.records} records to "
+                f"{shard.split}, where {expected.file if expected else 'nothing'} must be"
+            )
+    if found.shards is not None and (expected := next(planned, None)):
+        raise ValueError(f"it does not name {expected.file}")
 
 
 def read(folder: Path) -> Manifest | None:
@@ -130,6 +151,11 @@ def removal_of(where: str) -> str:
     return f"delete all below {where} there" if "://" in where else f"rm -r {where}"
 
 
+def command_for(where: str | Path) -> str:
+    """The flags that have data prepared in a folder or at a URL."""
+    return f"--job prepare --config.data.source=prepared --config.data.prepared={where}"
+
+
 def differences(
     found: Mapping[str, Any], wanted: Mapping[str, Any], *, flag: str = ""
 ) -> list[str]:
@@ -145,7 +171,8 @@ def differences(
             line = f"other {name} (only there: {gone[:9]}, only here: {added[:9]})"
         else:
             line = f"{name}={old!r} instead of {new!r}"
-        lines.append(line + (f" ({flag}{name}={old})" if flag and name in found else ""))
+        value = f'"{tuple(old)}"' if isinstance(old, list) else old  # as a shell takes it
+        lines.append(line + (f" ({flag}{name}={value})" if flag and name in found else ""))
     return lines
 
 

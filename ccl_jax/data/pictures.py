@@ -8,7 +8,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from jaxtyping import UInt8
 
-from ccl_jax.data.records import Record, check_files, class_of, read_image, read_mask
+from ccl_jax.data.records import (
+    Record,
+    StoreError,
+    check_files,
+    class_of,
+    read_image,
+    read_mask,
+)
 
 HOW_TO_SKIP = "To train without such files: --config.data.bad_files=skip."
 
@@ -129,12 +136,15 @@ class TrainingImages:
 
         Raises:
             ValueError: A file cannot be read and is not to be skipped, or no file of a class can.
+            StoreError: What holds the files is broken, so that a skip would pass over many.
         """
         passed: dict[int, str] = {}
         while index not in passed:
             if index not in self._unreadable:
                 try:
                     return self._pictures.image(index), passed
+                except StoreError:
+                    raise
                 except ValueError as error:
                     if not self._skip:
                         raise ValueError(f"{error} {HOW_TO_SKIP}") from error
@@ -159,6 +169,8 @@ def check_pictures(train: Sequence[Record], test: Sequence[Record], *, bad_files
     if bad_files == "stop":
         try:
             check_files(train)
+        except StoreError:
+            raise
         except ValueError as error:
             raise ValueError(f"{error} {HOW_TO_SKIP}") from error
     check_files(test)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import errno
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,22 @@ from PIL import Image, UnidentifiedImageError
 from ccl_jax.data import limits
 
 
+class StoreError(ValueError):
+    """What holds the pictures is broken, not one of them: it stops, whatever is to be skipped."""
+
+
+# Of the machine or its storage, so that every further file would fail alike.
+BROKEN_STORE = {
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+
+
 class Stored(abc.ABC):
     """Encoded bytes that lie within a larger file, such as a shard; light, and can be pickled."""
 
@@ -23,7 +40,7 @@ class Stored(abc.ABC):
 
     @abc.abstractmethod
     def read(self) -> bytes:
-        """The bytes, read anew at every call; a ValueError names the file that they lie in."""
+        """The bytes, read anew at every call; a StoreError names the file that they lie in."""
 
 
 Source = Path | str | bytes | Stored
@@ -66,7 +83,7 @@ def read_image(source: Record | Source, size: int | None) -> UInt8[np.ndarray, "
 
     Raises:
         ValueError: The file cannot be decoded, is larger than `limits` allow, or has a pixel format
-            without a 0..255 meaning; the text names it.
+            without a 0..255 meaning; the text names it. A StoreError: no file could be read.
     """
     image = read_stored(source)
     try:
@@ -179,6 +196,8 @@ def check_files(records: Sequence[Record]) -> None:
     for record in records:
         try:
             _check_headers(record)
+        except StoreError:
+            raise
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -232,7 +251,7 @@ def _name_and_data(source: Record | Source) -> tuple[str, Source]:
 
 
 def _decode(data: Source, name: str, *, only_size: bool = False) -> Image.Image:
-    """The picture with its pixels loaded and its file closed; every failure is one ValueError."""
+    """The picture with its pixels loaded and its file closed; a bad file is one ValueError."""
     data = data.read() if isinstance(data, Stored) else data
     try:
         source = BytesIO(data) if isinstance(data, bytes) else data
@@ -241,7 +260,15 @@ def _decode(data: Source, name: str, *, only_size: bool = False) -> Image.Image:
             if not only_size:
                 image.load()
             return image
+    except MemoryError:
+        raise  # which says nothing about the file
     except Exception as error:  # damaged data makes decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno in BROKEN_STORE:
+            raise StoreError(
+                f"{name} cannot be read: {_reason(error)}. That is no fault of the file; see to "
+                "the disk or network that it lies on, or to the limits of this process (ulimit "
+                "-n), and run the same command again."
+            ) from error
         raise ValueError(
             f"{name} cannot be read as an image: {_reason(error)}. Replace the file or take it out "
             "of the data; no image is skipped silently."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from ccl_jax.data import manifest
 from ccl_jax.data.manifest import Manifest, Shard
 
 SETTING = "config.data.prepared"
-TFDS_FILES = ("dataset_info.json", "features.json")
+TFDS_FILES = ("dataset_info.json", "features.json", "LICENSE")
 Progress = Callable[[int, int], None]
 
 
@@ -70,8 +71,7 @@ def fetch(url: str, folder: Path, *, full: bool = False, progress: Progress | No
         if found is None or found.shards is None:
             what = "no prepared data" if found is None else "data that are not prepared to the end"
             raise ValueError(
-                f"{SETTING}={url} holds {what}; write them with --job prepare "
-                f"--config.data.source=prepared --config.data.prepared={url}."
+                f"{SETTING}={url} holds {what}; write them with {manifest.command_for(url)}."
             )
         known = _shards_of(manifest.read(folder))
         missing = [
@@ -94,26 +94,42 @@ def fetch(url: str, folder: Path, *, full: bool = False, progress: Progress | No
 def publish(folder: Path, url: str, *, progress: Progress | None = None) -> int:
     """Brings a URL to the state of a complete local folder, the manifest last; see `fetch`.
 
-    Returns how many shards had to be written there.
+    Returns how many shards had to be written there. A shard with the same records is left there as
+    another machine published it, with its listing, which knows when its files last changed there.
 
     Raises:
-        ValueError: The store cannot be written.
+        ValueError: The store cannot be written, or holds other data.
     """
-    complete = manifest.read(folder)
-    if complete is None or complete.shards is None:
-        raise ValueError(f"{folder} is not prepared to the end, so it cannot go to {url}.")
-    there = _shards_of(manifest_at(url))
+    with manifest.locked(folder, "config.data.cache_dir"):
+        complete = manifest.read(folder)
+        if complete is None or complete.shards is None:
+            raise ValueError(f"{folder} is not prepared to the end, so it cannot go to {url}.")
+        return _publish(folder, complete, complete.shards, url, progress)
+
+
+def _publish(
+    folder: Path, complete: Manifest, shards: list[Shard], url: str, progress: Progress | None
+) -> int:
+    found = manifest_at(url)
+    if found is not None:
+        manifest.check_same(found, complete, url)
     store, root = _store(url)
-    missing = [shard for shard in complete.shards if not _is_there(store, root, shard, there)]
+    there = {(shard.file, shard.sha256): shard for shard in _shards_of(found)}
+    kept = [there.get((shard.file, shard.sha256)) for shard in shards]
     try:
+        kept = [shard if shard and _is_there(store, root, shard) else None for shard in kept]
+        missing = [shard for shard, old in zip(shards, kept, strict=True) if old is None]
         for done, shard in enumerate(missing, start=1):
             for name, _ in _files(shard):
                 _put_file(store, folder / name, f"{root}/{name}")
             if progress is not None:
                 progress(done, len(missing))
-        if missing or there != set(complete.shards):
-            for name in (*TFDS_FILES, manifest.NAME):
+        if missing or len(there) != len(shards):
+            for name in filter(lambda name: (folder / name).exists(), TFDS_FILES):
                 _put_file(store, folder / name, f"{root}/{name}")
+            merged = [old or shard for shard, old in zip(shards, kept, strict=True)]
+            text = dataclasses.replace(complete, shards=merged).to_json()
+            store.pipe_file(f"{root}/{manifest.NAME}", text.encode())
     except Exception as error:  # every kind of store raises its own
         raise ValueError(
             f"{SETTING}={url} cannot be written ({_reason(error)}); see to the network and to the "
@@ -148,7 +164,7 @@ def _files(shard: Shard) -> Iterator[tuple[str, str]]:
 def _fetch_file(store: Any, name: str, path: Path, digest: str, url: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
-    again = f"write it there again: --job prepare --config.data.prepared={url}"
+    again = f"write it there again: {manifest.command_for(url)}"
     try:
         store.get_file(name, str(partial))
     except FileNotFoundError as error:
@@ -163,15 +179,15 @@ def _fetch_file(store: Any, name: str, path: Path, digest: str, url: str) -> Non
     if manifest.file_sha256(partial) != digest:
         partial.unlink()
         raise ValueError(
-            f"{name} in {SETTING}={url} has another checksum than its manifest says; {again}."
+            f"{name} in {SETTING}={url} has another checksum than its manifest says; delete it "
+            f"there and {again}."
         )
     os.replace(partial, path)
 
 
-def _is_there(store: Any, root: str, shard: Shard, there: set[Shard]) -> bool:
+def _is_there(store: Any, root: str, shard: Shard) -> bool:
     names = [f"{root}/{name}" for name, _ in _files(shard)]
-    whole = all(store.exists(name) for name in names) and store.size(names[0]) == shard.bytes
-    return whole and shard in there
+    return all(store.exists(name) for name in names) and store.size(names[0]) == shard.bytes
 
 
 def _put_file(store: Any, path: Path, name: str) -> None:

@@ -16,31 +16,33 @@ from ccl_jax.data.builders import picture_in
 from ccl_jax.data.layouts import Split
 from ccl_jax.data.listings import Row
 from ccl_jax.data.manifest import Manifest, Shard
-from ccl_jax.data.records import Record, Stored
+from ccl_jax.data.records import Record, Stored, StoreError
 
 
 class ShardReader:
     """A file of records, opened when it is first read, in every process anew; threads share it."""
 
-    def __init__(self, path: Path, records: int) -> None:
-        self.path = path
-        self._records = records
+    def __init__(self, folder: Path, shard: Shard) -> None:
+        self.path = folder / shard.file
+        self._folder = folder
+        self._shard = shard
         self._lock = threading.Lock()
         self._reader: Any = None
 
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, int]]:
-        return ShardReader, (self.path, self._records)
+    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path, Shard]]:
+        return ShardReader, (self._folder, self._shard)
 
     def read(self, position: int, part: str) -> bytes:
         """The encoded "image" or "mask" of a record.
 
         Raises:
-            ValueError: The shard is gone or damaged; the text names it and the repair.
+            StoreError: The shard is gone, damaged, or no longer the one that was listed; the text
+                names it and the repair.
         """
         try:
             (example,) = self._opened().read([position])
         except RuntimeError as error:
-            raise ValueError(
+            raise StoreError(
                 f"record {position} of {self.path} cannot be read ({error}). "
                 f"{repair(self.path.parent)}"
             ) from error
@@ -49,15 +51,22 @@ class ShardReader:
     def _opened(self) -> Any:
         with self._lock:
             if self._reader is None:
-                reader = array_record_module.ArrayRecordReader(str(self.path), manifest.READING)
-                # Of a file that is missing or none it holds 0 records, and says nothing.
-                if (count := reader.num_records()) != self._records:
-                    raise ValueError(
-                        f"{self.path} holds {count} records instead of {self._records}, or is "
-                        f"missing. {repair(self.path.parent)}"
-                    )
-                self._reader = reader
+                self._reader = self._open()
             return self._reader
+
+    def _open(self) -> Any:
+        try:
+            now = listings.read(self._folder / self._shard.listing).shard
+        except ValueError as error:
+            raise StoreError(f"{error} {repair(self._folder)}") from error
+        if now.sha256 != self._shard.sha256:  # sizes are multiples of 64 KiB, and say less
+            raise StoreError(
+                f"{self.path} was prepared anew since this process began; start it again, so that "
+                "all images are of one preparation."
+            )
+        if reason := manifest.damage(self._folder, now, full=False):
+            raise StoreError(f"{reason}. {repair(self._folder)}")
+        return array_record_module.ArrayRecordReader(str(self.path), manifest.READING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +78,7 @@ class Picture(Stored):
     part: str
 
     def read(self) -> bytes:
-        """The encoded bytes; ValueError where the shard is gone or damaged."""
+        """The encoded bytes; StoreError where the shard is gone or damaged."""
         return self.shard.read(self.position, self.part)
 
 
@@ -77,9 +86,8 @@ def repair(folder: Path) -> str:
     """The sentence that says how to repair prepared data."""
     return (
         "Write what is damaged again, with the --config and --config.data.root of the images: "
-        "python -m ccl_jax.main --job prepare --config CONFIG --config.data.source=prepared "
-        f"--config.data.prepared={folder} (in a local copy of a URL delete the file instead: it is "
-        "then fetched again)."
+        f"python -m ccl_jax.main --config CONFIG {manifest.command_for(folder)} (in a local "
+        "copy of a URL delete the file instead: it is then fetched again)."
     )
 
 
@@ -103,7 +111,7 @@ def read_prepared(
             it holds other images, or images resized to another size than `image_size`.
     """
     found = manifest.read(folder)
-    command = f"--job prepare --config.data.source=prepared --config.data.prepared={folder}"
+    command = manifest.command_for(folder)
     if found is None:
         raise ValueError(
             f"{folder} holds no prepared data; write them first, by the same command with "
@@ -141,7 +149,7 @@ def _check_fits(
     if lines:
         raise ValueError(
             f"{folder} holds data prepared with {'; '.join(lines)}. Use its settings, or prepare "
-            f"these in another folder: --job prepare --config.data.prepared={folder}-{image_size}."
+            f"these in another folder: {manifest.command_for(f'{folder}-{image_size}')}."
         )
 
 
@@ -167,7 +175,7 @@ def _records(
     folder: Path, shard: Shard, found: Manifest, numbers: Mapping[int, int]
 ) -> list[Record]:
     rows = listings.read(folder / shard.listing).rows
-    reader = ShardReader(folder / shard.file, shard.records)
+    reader = ShardReader(folder, shard)
     return [
         _record(row, found, numbers, reader, position)
         for position, row in enumerate(rows)
