@@ -165,7 +165,7 @@ def prepare_job(config: ConfigDict, workdir: Path) -> int:
 def census_of(config: ConfigDict, workdir: Path) -> int:
     """Opens every file, prints what was found, and writes all of it to WORKDIR/census.json."""
     check_writable(workdir, "--workdir")
-    split = list_folder(config)
+    split = list_folder(config, for_census=True)
     census = take_census(
         split.train,
         split.test,

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ccl_jax.data.layouts import describe_source, left_aside, read_split
+from ccl_jax.data.pictures import Pictures, TrainingImages, check_pictures
 from ccl_jax.data.records import check_files, check_records, read_image, read_mask
 
 
@@ -285,6 +286,34 @@ def test_a_strip_that_five_views_do_not_divide_is_named(tmp_path):
     mini.save(mini.picture((41, 8)), root / "agriculture/maize/train/good/001.png")
     with pytest.raises(ValueError, match=r"001\.png is 41x8 pixels, so it is no strip of 5"):
         read(root, "manta")
+
+
+def test_a_training_strip_that_cannot_be_read_stops_by_name_or_is_skipped(tmp_path):
+    root = mini.manta(tmp_path)
+    bad = root / "agriculture/maize/train/good/001.png"
+    bad.write_bytes(b"no picture")
+    split = read_split(root, layout="manta", dataset="set")
+    assert kinds(split.train)["maize", "good"] == (10, 0)
+    assert len({record.crop for record in split.train}) == 5  # cut like its neighbour
+    with pytest.raises(ValueError, match=r"5 of 20 .*001\.png cannot be read.*bad_files=skip"):
+        check_pictures(split.train, split.test, bad_files="stop")
+    check_pictures(split.train, split.test, bad_files="skip")
+    images = TrainingImages(Pictures(split.train, 32), "skip")
+    index = next(i for i, record in enumerate(split.train) if record.image == bad)
+    pixels, passed = images.image(index)
+    assert pixels.shape == (32, 32, 3) and all("001.png" in why for why in passed.values())
+
+
+def test_a_class_of_manta_without_a_readable_strip_and_a_bad_test_strip_are_errors(tmp_path):
+    root = mini.manta(tmp_path)
+    for file in (root / "agriculture/maize").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"maize/.*\.png cannot be read"):
+        read(root, "manta")
+    bad = root / "mechanics/screw/test-pixel/good/010.png"
+    bad.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"010\.png cannot be read"):
+        read(root, "manta", classes=("screw",))
 
 
 def test_masks_of_manta_that_fit_no_strip_or_two_are_named(tmp_path):

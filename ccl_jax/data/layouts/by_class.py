@@ -39,7 +39,7 @@ def read_class_folders(
     there. A mask belongs to the image of its kind of defect with the same name, whatever the
     ending; where one mask of a class is named `<stem>_mask`, all must be. Classes are sorted by
     name and numbered from 0; `classes` chooses some, () takes all. `ground_truth/good` is passed
-    over: a normal image has no defective pixel.
+    over, as a normal image has no defective pixel, unless `tree` is for a census.
 
     Raises:
         ValueError: The folder or a class in it does not have this layout; the text names the
@@ -118,12 +118,16 @@ def _test_records(of_class: _Class) -> list[Record]:
     tree, folder, names = of_class.tree, of_class.folder, of_class.names
     _check_none_loose(tree, folder / names.test)
     masks = _masks(of_class)
+    of_normal = _masks_of_normal(of_class) if tree.for_census else {}
     records = []
     for kind in tree.folders(folder / names.test):
         if kind == folder / names.masks:
             continue
         for image in tree.images(kind):
-            mask = masks.pop((composed(kind.name), composed(image.stem)), None)
+            stem = composed(image.stem)
+            mask = masks.pop((composed(kind.name), stem), None)
+            if kind.name == names.normal:
+                mask = of_normal.get(stem + MASK_ENDING) or of_normal.get(stem)
             records.append(of_class.record(image, composed(kind.name), mask))
     if masks:
         (defect, stem), mask = next(iter(masks.items()))
@@ -133,7 +137,7 @@ def _test_records(of_class: _Class) -> list[Record]:
         )
     unmasked = [record for record in records if record.anomalous and record.mask is None]
     masked = sum(record.mask is not None for record in records)
-    if unmasked and masked:
+    if unmasked and masked and not tree.for_census:
         defect = unmasked[0].defect
         raise ValueError(
             f"{len(unmasked)} anomalous images in {folder} have no mask while {masked} have one, "
@@ -164,6 +168,12 @@ def _masks(of_class: _Class) -> dict[tuple[str, str], Path]:
             raise ValueError(f"{mask} and {masks[key].name} belong to one image; delete one.")
         masks[key] = mask
     return masks
+
+
+def _masks_of_normal(of_class: _Class) -> dict[str, Path]:
+    """What lies where masks of normal images would, by its name."""
+    folder = of_class.folder / of_class.names.masks / of_class.names.normal
+    return {composed(mask.stem): mask for mask in of_class.tree.images(folder)}
 
 
 def _check_none_loose(tree: Tree, folder: Path) -> None:

@@ -32,7 +32,8 @@ def read_entries(
 ) -> Split:
     """Records of the entries of the classes `names`, by class, then by path within the root.
 
-    A mask counts for anomalous images only. `source` is the file or folder of the metadata.
+    A mask counts for anomalous images only, unless `tree` is for a census. `source` is the file or
+    folder of the metadata.
 
     Raises:
         ValueError: A file that is not there, an absolute path or one that leads out of the root,
@@ -48,7 +49,7 @@ def read_entries(
         anomalous = entry.defect != "good"
         image = tree.find(entry.base, entry.image, entry.where)
         mask = None
-        if anomalous and entry.mask:
+        if entry.mask and (anomalous or tree.for_census):
             mask = tree.find(entry.base, entry.mask, entry.where)
         if image is None or (anomalous and entry.mask and mask is None):
             lacking = entry.image if image is None else entry.mask
@@ -75,7 +76,9 @@ def read_entries(
         )
     train, test = (sorted(found[part], key=lambda r: (r.label, r.key)) for part in (True, False))
     split = Split(train, test, [f"{dataset}/{name}" for name in names])
-    _check_classes(split, names, source)
+    _check_trained(split, names, source)
+    if not tree.for_census:
+        _check_masks(split, source)
     return split
 
 
@@ -149,7 +152,7 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _check_classes(split: Split, names: Sequence[str], source: Path) -> None:
+def _check_trained(split: Split, names: Sequence[str], source: Path) -> None:
     trained = {record.class_name for record in split.train}
     untrained = [name for name in names if name not in trained]
     if untrained:
@@ -159,6 +162,9 @@ def _check_classes(split: Split, names: Sequence[str], source: Path) -> None:
             f"{len(untrained)} of {len(names)} classes in {source} have no training images: "
             f"{', '.join(untrained)}; add them{without}."
         )
+
+
+def _check_masks(split: Split, source: Path) -> None:
     masked = {record.class_name for record in split.test if record.mask is not None}
     unmasked = [r for r in split.test if r.anomalous and r.mask is None and r.class_name in masked]
     if unmasked:

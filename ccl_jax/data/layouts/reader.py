@@ -29,13 +29,14 @@ def read_split(
     views: Sequence[str] = (),
     validation: str = "leave",
     follow_links: bool = False,
+    for_census: bool = False,
 ) -> Split:
     """Records of a data set, sorted, the same list on every machine; pictures stay closed.
 
     Only "manta" opens any: see `read_manta`. `dataset` names the set in results, "" takes the
     folder's name; `classes` and `views` choose some, () takes all; `splits` is the file or folder
     of the lists where that is not the published one; `validation` counts for "mvtec2", and
-    `follow_links` is that of `Tree`.
+    `follow_links` and `for_census` are those of `Tree`.
 
     Raises:
         ValueError: An unknown layout, or a folder that does not have the layout; the text names
@@ -50,7 +51,7 @@ def read_split(
             f"config.data.splits={splits!r} has no meaning for config.data.layout={layout}, whose "
             "folders say it all; leave it empty: --config.data.splits=''."
         )
-    tree = Tree(root, follow_links=follow_links)
+    tree = Tree(root, follow_links=follow_links, for_census=for_census)
     dataset = dataset or tree.root.name
     return choose_views(_read(tree, layout, dataset, classes, splits, validation), views)
 
