@@ -105,6 +105,7 @@ def print_left_aside(config: ConfigDict) -> None:
             part.root,
             layout=part.layout,
             classes=part.classes,
+            splits=part.splits,
             validation=data.validation,
             follow_links=data.follow_links,
         ):

@@ -16,6 +16,7 @@ from ccl_jax.data.pictures import DecodedCache
 from ccl_jax.datasets import (
     list_folder,
     parts_of,
+    print_left_aside,
     print_sources,
     progress_bar,
     read_folder,
@@ -179,6 +180,7 @@ def census_of(config: ConfigDict, workdir: Path) -> int:
     setup.write_atomically(details, json.dumps(found, indent=2) + "\n")
     print(f"{roots_of(config)}: {len(census.classes)} classes\n\n{census_report.as_text(census)}")
     print(f"\n{details}: all files of each finding")
+    print_left_aside(config)
     return 1 if census.spoiled else 0
 
 

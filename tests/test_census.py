@@ -462,6 +462,12 @@ def test_the_full_check_finds_strips_and_masks_of_manta_that_cannot_be_read(tmp_
     assert set(errors["unreadable_masks"]) == {str(screw / "test-pixel/mask/crack/000.png")}
 
 
+def test_the_full_check_tells_what_is_left_aside(photos, tmp_path, capsys):
+    shutil.copytree(photos / "felt/test/good", photos / "bolt/train/bad")
+    assert prepare(photos, f"--workdir={tmp_path / 'run'}") == 0
+    assert "photos: 2 images lie where the layout has none" in capsys.readouterr().out
+
+
 def test_warnings_alone_end_with_status_0(photos, tmp_path, capsys):
     assert prepare(photos, f"--workdir={tmp_path / 'run'}") == 0
     out = capsys.readouterr().out

@@ -57,6 +57,48 @@ def read_class_folders(
     return Split(train, test, [f"{dataset}/{composed(folder.name)}" for folder in folders])
 
 
+def left_aside(
+    tree: Tree, base: Path, names: Names = MVTEC, *, classes: Sequence[str] = ()
+) -> list[str]:
+    """What `read_class_folders` finds in a class folder and does not read, in a sentence, if any.
+
+    Images that lie beside, or below, the folders that it reads; links to folders are not followed.
+    """
+    wanted = {composed(name) for name in classes}
+    found: list[Path] = []
+    for folder in tree.folders(base):
+        if wanted and composed(folder.name) not in wanted:
+            continue
+        for part in names.train:
+            found += tree.images(folder / part)
+            for kind in _inner(tree, folder / part):
+                if kind.name != names.normal:
+                    found += tree.images(kind)
+                found += _images_below(tree, kind)
+        for kind in _inner(tree, folder / names.test):
+            if kind != folder / names.masks:
+                found += _images_below(tree, kind)
+    if not found:
+        return []
+    return [
+        f"{len(found)} images lie where the layout has none and are not used, the first is "
+        f"{found[0]}; move those that belong to it directly into <class>/{names.train[0]}/"
+        f"{names.normal} or <class>/{names.test}/<defect>"
+    ]
+
+
+def _inner(tree: Tree, folder: Path) -> list[Path]:
+    return [inner for inner in tree.folders(folder) if not inner.is_symlink()]
+
+
+def _images_below(tree: Tree, folder: Path) -> list[Path]:
+    """Images in the folders of a folder, not in itself."""
+    found: list[Path] = []
+    for inner in _inner(tree, folder):
+        found += [*tree.images(inner), *_images_below(tree, inner)]
+    return found
+
+
 class _Class(NamedTuple):
     """One class folder and what its records have in common."""
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ccl_jax.data.layouts.folders import Split, Tree, key_of
+from ccl_jax.data.layouts.folders import Split, Tree, composed, key_of
 from ccl_jax.data.records import Record, class_of
 
 
@@ -116,6 +116,16 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
         if any(row[name] is None for name in columns):
             raise ValueError(f"{where} is too short; it needs {', '.join(columns)}.")
         yield where, {name: row[name] for name in columns}
+
+
+def class_name_of(name: str, where: str) -> str:
+    """A class as metadata name it, in composed characters; ValueError where it is no plain name."""
+    if name.strip() in ("", ".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+        raise ValueError(
+            f"{where} names a class {name!r}; a class needs a name without slashes and control "
+            "characters, as it becomes part of file names: rename it there."
+        )
+    return composed(name)
 
 
 def text_of(entry: object, name: str, where: str) -> str:
