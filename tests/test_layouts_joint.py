@@ -211,7 +211,7 @@ def test_the_sixty_classes_of_the_joint_config_are_read_in_seconds(tmp_path):
             "real_iad": Part("real_iad", mini.real_iad(tmp_path / "iad", REAL_IAD)),
         }
     )
-    split = started_within(40, config)
+    split = started_within(10, config)
     assert len(split.class_names) == len(set(split.class_names)) == 60
     assert {record.label for record in split.train} == set(range(60))
     assert len({name.partition("/")[2] for name in split.class_names}) == 58
@@ -262,4 +262,4 @@ def test_twenty_thousand_images_are_listed_in_seconds_and_none_is_asked_for_twic
     monkeypatch.undo()
     config = configs.read_config_file(ROOT / "configs/real_iad.py")
     config.data.root = str(root)
-    assert len(started_within(90, config).train) == 10_000
+    assert len(started_within(40, config).train) == 10_000
