@@ -36,8 +36,12 @@ def read_folder(config: ConfigDict) -> layouts.Split:
     return split
 
 
-def list_folder(config: ConfigDict) -> layouts.Split:
-    """The records of the config's folder, generated first where they are to be; none is opened."""
+def list_folder(config: ConfigDict, *, for_census: bool = False) -> layouts.Split:
+    """The records of the config's folder, generated first where they are to be; none is opened.
+
+    With `for_census` masks of normal images as well, and anomalous images without the mask that
+    they should have: to be judged, not trained on.
+    """
     data = config.data
     for key, part in data.parts.items() if data.layout == "joint" else [("", data)]:
         if not part.root:  # which passes the validation where only shards are to be read
@@ -57,6 +61,7 @@ def list_folder(config: ConfigDict) -> layouts.Split:
             views=data.views,
             validation=data.validation,
             follow_links=data.follow_links,
+            for_census=for_census,
         )
     else:
         split = layouts.read_split(
@@ -68,6 +73,7 @@ def list_folder(config: ConfigDict) -> layouts.Split:
             views=data.views,
             validation=data.validation,
             follow_links=data.follow_links,
+            for_census=for_census,
         )
     check_records(split.train, split.test)
     return split
@@ -99,6 +105,7 @@ def print_left_aside(config: ConfigDict) -> None:
             part.root,
             layout=part.layout,
             classes=part.classes,
+            splits=part.splits,
             validation=data.validation,
             follow_links=data.follow_links,
         ):

@@ -27,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ccl_jax import config as configs
-from ccl_jax import exchange, jobs
+from ccl_jax import data_jobs, exchange, jobs
 from ccl_jax.validation import validate
 
 JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
@@ -36,7 +36,7 @@ JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
     "predict": jobs.predict_job,
     "import": exchange.import_job,
     "export": exchange.export_job,
-    "prepare": jobs.prepare_job,
+    "prepare": data_jobs.prepare_job,
     "baseline": jobs.baseline_job,
     "pretrain": jobs.pretrain_job,
 }

@@ -92,6 +92,14 @@ def _parts(p: Problems) -> None:
             'config.data.layout="joint" needs the data sets in config.data.parts, each with layout '
             "and root; see configs/joint.py."
         )
+    for key, nothing in {"root": "''", "classes": '"()"', "splits": "''"}.items():
+        value = p.values.get(f"data.{key}")
+        if p.values.get("data.layout") == "joint" and value:
+            p.lines.append(
+                f"config.data.{key}={value!r} means nothing for config.data.layout=joint; say it "
+                f"of a part, as in config.data.parts.mvtec.{key}, and leave it out here: "
+                f"--config.data.{key}={nothing}"
+            )
     for key in _part_keys(p, "layout"):
         p.choice(key, *LAYOUTS)
     layouts = [p.values.get(key) for key in ("data.layout", *_part_keys(p, "layout"))]

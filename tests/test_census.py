@@ -7,6 +7,7 @@ import os
 import shutil
 import tracemalloc
 
+import miniatures as mini
 import numpy as np
 import pytest
 from conftest import ROOT, write_photos
@@ -382,6 +383,91 @@ def test_the_full_check_prints_the_table_then_the_findings_and_writes_the_rest(
     assert written["classes"]["photos/felt"]["test_anomalous"] == {"square": 2}
 
 
+def findings(root, tmp_path, layout="mvtec", **settings):
+    """Status of the full check, and the files of what it finds wrong, by kind."""
+    words = [f"--config.data.{key}={value}" for key, value in settings.items()]
+    words += [f"--workdir={tmp_path / 'run'}", f"--config.data.layout={layout}"]
+    status = prepare(root, *words)
+    written = json.loads((tmp_path / "run/census.json").read_text())["findings"]
+    errors = {kind: found["files"] for kind, found in written.items() if KINDS[kind].spoils}
+    return status, {kind: [f["file"] for f in files] for kind, files in errors.items() if files}
+
+
+def full_mask(file, size=(70, 50)):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", size, 255).save(file)
+    return str(file)
+
+
+@pytest.mark.parametrize("name", ["000_mask.png", "000.png"])
+def test_the_full_check_finds_masks_of_normal_images_in_class_folders(photos, tmp_path, name):
+    mask = full_mask(photos / "bolt/ground_truth/good" / name)
+    full_mask(photos / "bolt/ground_truth/good/999.png")  # of no image: passed over as ever
+    Image.new("L", (70, 50)).save(photos / "bolt/ground_truth/good/001.png")
+    assert findings(photos, tmp_path) == (1, {"marked_normal": [mask]})
+    assert prepare(photos, check="headers") == 0
+
+
+def test_the_full_check_finds_masks_of_normal_images_in_lists_and_in_strips(tmp_path):
+    root = mini.meta(tmp_path / "meta")
+    content = json.loads((root / "meta.json").read_text())
+    content["test"]["nut"][0]["mask_path"] = "nut/truth/b.png"
+    (root / "meta.json").write_text(json.dumps(content))
+    assert findings(root, tmp_path, "meta")[1]["marked_normal"] == [str(root / "nut/truth/b.png")]
+    root = mini.manta(tmp_path / "manta")
+    mask = full_mask(root / "mechanics/screw/test-pixel/mask/good/010.png", (40, 8))
+    assert findings(root, tmp_path, "manta")[1]["marked_normal"] == [mask] * 5  # one a view
+
+
+def test_blank_masks_of_normal_images_do_not_make_a_class_one_with_masks(photos, tmp_path):
+    shutil.rmtree(photos / "bolt/ground_truth/square")
+    (photos / "bolt/ground_truth/good").mkdir()
+    Image.new("L", (70, 50)).save(photos / "bolt/ground_truth/good/000.png")
+    assert findings(photos, tmp_path) == (0, {})
+
+
+def test_the_full_check_finds_missing_masks_and_other_jobs_stop_at_them(photos, tmp_path, capsys):
+    (photos / "bolt/ground_truth/square/000_mask.png").unlink()
+    file = str(photos / "bolt/test/square/000.png")
+    assert findings(photos, tmp_path) == (1, {"missing_masks": [file]})
+    assert prepare(photos, check="headers") == 1
+    assert "1 anomalous images" in capsys.readouterr().err
+
+
+def test_the_full_check_finds_missing_masks_in_lists_and_in_strips(tmp_path):
+    root = mini.meta(tmp_path / "meta")
+    content = json.loads((root / "meta.json").read_text())
+    more = mini.save(mini.picture(seed=8), root / "gear/c.png")
+    content["test"]["gear"].append(mini.entry("gear/c.png", defect="dent", anomaly=1))
+    (root / "meta.json").write_text(json.dumps(content))
+    assert findings(root, tmp_path, "meta")[1]["missing_masks"] == [str(more)]
+    root = mini.manta(tmp_path / "manta")
+    (root / "mechanics/screw/test-pixel/mask/rust/000.png").unlink()
+    missing = findings(root, tmp_path, "manta")[1]["missing_masks"]
+    assert [file.split(" (")[0] for file in missing] == [
+        str(root / "mechanics/screw/test-pixel/rust/000.png")
+    ] * 5
+
+
+def test_the_full_check_finds_strips_and_masks_of_manta_that_cannot_be_read(tmp_path):
+    root = mini.manta(tmp_path / "manta")
+    screw = root / "mechanics/screw"
+    bad = [screw / "train/good/001.png", screw / "test-pixel/good/010.png"]
+    for file in [*bad, screw / "test-pixel/mask/crack/000.png"]:
+        file.write_bytes(b"no picture")
+    status, errors = findings(root, tmp_path, "manta")
+    assert status == 1
+    unreadable = [file.split(" (")[0] for file in errors["unreadable_images"]]
+    assert unreadable == [str(file) for file in bad for _ in range(5)]
+    assert set(errors["unreadable_masks"]) == {str(screw / "test-pixel/mask/crack/000.png")}
+
+
+def test_the_full_check_tells_what_is_left_aside(photos, tmp_path, capsys):
+    shutil.copytree(photos / "felt/test/good", photos / "bolt/train/bad")
+    assert prepare(photos, f"--workdir={tmp_path / 'run'}") == 0
+    assert "photos: 2 images lie where the layout has none" in capsys.readouterr().out
+
+
 def test_warnings_alone_end_with_status_0(photos, tmp_path, capsys):
     assert prepare(photos, f"--workdir={tmp_path / 'run'}") == 0
     out = capsys.readouterr().out
@@ -400,7 +486,9 @@ def test_without_a_workdir_the_details_are_written_where_one_is(
 def test_a_workdir_that_cannot_be_written_is_named_before_anything_is_opened(
     photos, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("ccl_jax.jobs.take_census", lambda *_, **__: pytest.fail("opened files"))
+    monkeypatch.setattr(
+        "ccl_jax.data_jobs.take_census", lambda *_, **__: pytest.fail("opened files")
+    )
     (tmp_path / "file").write_text("")
     assert prepare(photos, f"--workdir={tmp_path / 'file/run'}") == 1
     assert "cannot be written" in capsys.readouterr().err
@@ -424,7 +512,9 @@ def test_the_quick_check_sees_headers_only(photos, tmp_path, capsys):
 
 
 def test_a_training_takes_no_census(photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ccl_jax.jobs.take_census", lambda *_, **__: pytest.fail("took a census"))
+    monkeypatch.setattr(
+        "ccl_jax.data_jobs.take_census", lambda *_, **__: pytest.fail("took a census")
+    )
     bad = no_image(photos)
     words = ["main", f"--config={ROOT / 'configs/folder.py'}", f"--config.data.root={photos}"]
     words += [f"--workdir={tmp_path / 'run'}", "--config.data.check=full"]

@@ -19,7 +19,7 @@ LAYERS = {
     **dict.fromkeys(("train", "evaluate", "predict"), 3),
     **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
     **dict.fromkeys(("main", "config", "validation", "problems", "settings"), 4),
-    **dict.fromkeys(("setup", "jobs", "exchange", "datasets", "prepare"), 4),
+    **dict.fromkeys(("setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4),
 }
 DOOR = 4
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 
 import miniatures as mini
 import pytest
@@ -53,6 +54,37 @@ def test_paths_that_are_absolute_or_leave_the_root_are_refused_with_their_entry(
     file.write_text(text.replace(image, path, 1))
     entry = {"visa": "line 2", "real_iad": "train entry 1", "meta": "train of gear, entry 1"}
     refused(root, layout, file.name, entry[layout], repr(path), "leads out of the data folder")
+
+
+@pytest.mark.parametrize("name", ["", " ", "a/b", "../../x", "..", "a\\b", "a\nb"])
+@pytest.mark.parametrize("layout", ["visa", "meta"])
+def test_class_names_that_are_no_names_are_refused_with_their_file(tmp_path, layout, name):
+    root, file = written(tmp_path, layout)
+    if layout == "visa":
+        quoted = f'"{name}"'
+        file.write_text(file.read_text() + f"{quoted},train,normal,candle/x.JPG,\n")
+    else:
+        content = json.loads(file.read_text())
+        content["train"][name] = []
+        file.write_text(json.dumps(content))
+    refused(root, layout, file.name, f"names a class {name!r}", "rename it there")
+
+
+@pytest.mark.parametrize("layout", FILES)
+def test_class_names_of_metadata_are_composed(tmp_path, layout):
+    root, file = written(tmp_path, layout)
+    apart, whole = unicodedata.normalize("NFD", "Gehäuse"), "Gehäuse"
+    if layout == "real_iad":
+        file.rename(file.with_name(f"{apart}.json"))
+        (root / "toy").rename(root / whole)
+    else:
+        old = {"visa": "\ncandle,", "meta": '"nut": ['}[layout]
+        text = json.dumps(json.loads(file.read_text())) if layout == "meta" else file.read_text()
+        assert old in text
+        file.write_text(text.replace(old, old.replace("candle", apart).replace("nut", apart)))
+    assert f"set/{whole}" in read_split(root, layout=layout, dataset="set").class_names
+    chosen = read_split(root, layout=layout, dataset="set", classes=(apart,))
+    assert chosen.class_names == [f"set/{whole}"] and chosen.train and chosen.test
 
 
 @pytest.mark.parametrize("layout", FILES)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ccl_jax.data.layouts import describe_source, left_aside, read_split
+from ccl_jax.data.pictures import Pictures, TrainingImages, check_pictures
 from ccl_jax.data.records import check_files, check_records, read_image, read_mask
 
 
@@ -270,14 +271,33 @@ def test_the_folder_above_real_iad_says_which_one_below_it_is_meant(tmp_path):
         read(tmp_path / "realiad_512", "real_iad")
 
 
-@pytest.mark.parametrize("lost", ["realiad_512/toy", "realiad_jsons/toy.json"])
-def test_a_class_of_real_iad_without_folder_or_list_is_named_with_a_way_out(tmp_path, lost):
+def test_a_class_folder_of_real_iad_without_a_list_is_named_with_a_way_out(tmp_path):
     root = mini.real_iad(tmp_path)
-    path = tmp_path / lost
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (tmp_path / "realiad_jsons/toy.json").unlink()
     with pytest.raises(ValueError, match=r"for toy; unpack.*classes=\"\('audiojack',\)\""):
         read(root, "real_iad")
     assert read(root, "real_iad", classes=("audiojack",)).class_names == ["set/audiojack"]
+
+
+def test_lists_of_real_iad_without_a_class_folder_are_left_aside_unless_they_are_chosen(tmp_path):
+    root = mini.real_iad(tmp_path)
+    assert left_aside(root, layout="real_iad") == []
+    shutil.rmtree(root / "toy")
+    assert read(root, "real_iad").class_names == ["set/audiojack"]
+    (note,) = left_aside(root, layout="real_iad")
+    assert note.startswith("1 lists in ") and note.endswith("realiad_512: toy.json")
+    with pytest.raises(ValueError, match=r"no .*realiad_512/<class> for toy; unpack"):
+        read(root, "real_iad", classes=("audiojack", "toy"))
+
+
+@pytest.mark.parametrize("name", ["meta.json", "census.json", "._toy.json"])
+def test_other_json_in_the_root_of_real_iad_does_not_hide_its_lists(tmp_path, name):
+    root = mini.real_iad(tmp_path)
+    usual = read(root, "real_iad")
+    (root / name).write_text("{}")
+    assert read(root, "real_iad") == usual
+    (tmp_path / "realiad_jsons" / name).write_text("{}")
+    assert read(root, "real_iad") == usual
 
 
 def test_a_strip_that_five_views_do_not_divide_is_named(tmp_path):
@@ -285,6 +305,34 @@ def test_a_strip_that_five_views_do_not_divide_is_named(tmp_path):
     mini.save(mini.picture((41, 8)), root / "agriculture/maize/train/good/001.png")
     with pytest.raises(ValueError, match=r"001\.png is 41x8 pixels, so it is no strip of 5"):
         read(root, "manta")
+
+
+def test_a_training_strip_that_cannot_be_read_stops_by_name_or_is_skipped(tmp_path):
+    root = mini.manta(tmp_path)
+    bad = root / "agriculture/maize/train/good/001.png"
+    bad.write_bytes(b"no picture")
+    split = read_split(root, layout="manta", dataset="set")
+    assert kinds(split.train)["maize", "good"] == (10, 0)
+    assert len({record.crop for record in split.train}) == 5  # cut like its neighbour
+    with pytest.raises(ValueError, match=r"5 of 20 .*001\.png cannot be read.*bad_files=skip"):
+        check_pictures(split.train, split.test, bad_files="stop")
+    check_pictures(split.train, split.test, bad_files="skip")
+    images = TrainingImages(Pictures(split.train, 32), "skip")
+    index = next(i for i, record in enumerate(split.train) if record.image == bad)
+    pixels, passed = images.image(index)
+    assert pixels.shape == (32, 32, 3) and all("001.png" in why for why in passed.values())
+
+
+def test_a_class_of_manta_without_a_readable_strip_and_a_bad_test_strip_are_errors(tmp_path):
+    root = mini.manta(tmp_path)
+    for file in (root / "agriculture/maize").rglob("*.png"):
+        file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"maize/.*\.png cannot be read"):
+        read(root, "manta")
+    bad = root / "mechanics/screw/test-pixel/good/010.png"
+    bad.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"010\.png cannot be read"):
+        read(root, "manta", classes=("screw",))
 
 
 def test_masks_of_manta_that_fit_no_strip_or_two_are_named(tmp_path):
@@ -315,6 +363,38 @@ def test_one_class_name_in_two_domains_of_manta_is_refused(tmp_path):
         read(root, "manta")
 
 
+# What lies in a class folder where the layout has nothing; each is read by nobody.
+STRAY = ("train/x.png", "train/bad/x.png", "train/good/more/x.png", "test/bent/old/deep/x.png")
+
+
+@pytest.mark.parametrize("place", STRAY)
+@pytest.mark.parametrize(
+    ("layout", "write", "inner", "normal"),
+    [
+        ("mvtec", mini.mvtec, "grid", "good"),
+        ("btad", mini.btad, "BTech_Dataset_transformed/01", "ok"),
+        ("visa", mini.visa_converted, "1cls/candle", "good"),
+        ("mvtec2", mini.mvtec2, "can", "good"),
+    ],
+)
+def test_images_in_odd_places_of_a_class_folder_are_counted(
+    tmp_path, layout, write, inner, normal, place
+):
+    write(root := tmp_path / "set")
+    before, notes = read(root, layout), left_aside(root, layout=layout)
+    if layout == "mvtec2":
+        place = place.replace("test/", "test_public/")
+    stray = mini.save(mini.picture(), root / inner / place.replace("good", normal))
+    assert read(root, layout) == before
+    first, *rest = left_aside(root, layout=layout)
+    assert first.startswith(
+        f"1 images lie where the layout has none and are not used, the first is {stray};"
+    )
+    assert rest == notes
+    other = before.class_names[1].removeprefix("set/")
+    assert len(left_aside(root, layout=layout, classes=(other,))) == len(notes)
+
+
 def test_every_published_set_names_its_source_and_licence():
     for layout, words in {
         "visa": ("amazon-science/spot-diff", "CC BY 4.0", "VisA_20220922.tar"),
@@ -326,5 +406,10 @@ def test_every_published_set_names_its_source_and_licence():
         text = describe_source(layout, "mine")
         assert text.startswith("mine: ") and all(word in text for word in words), text
     assert "MVTec AD" in describe_source("mvtec", "mvtec_anomaly_detection")
-    assert "stepanje/MPDD" in describe_source("mvtec", "MPDD")
+    mpdd = describe_source("mvtec", "MPDD")
+    assert "stepanje/MPDD" in mpdd and "licence: none stated" in mpdd and "sharepoint" in mpdd
+    assert "archive: https://drive.google.com/" in describe_source("mvtec", "medical")
+    for layout, name in (("manta", "manta"), ("mvtec", "mpdd"), ("mvtec", "uni_medical")):
+        text = describe_source(layout, name)
+        assert "without asking" not in text and "/train/good" in text, text
     assert "up to you" in describe_source("mvtec", "photos")

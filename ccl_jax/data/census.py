@@ -73,7 +73,7 @@ class ClassCount:
     test_anomalous: Counter[str] = field(default_factory=Counter)  # by kind of defect
     sizes: Counter[tuple[int, int]] = field(default_factory=Counter)  # width, height
     modes: Counter[str] = field(default_factory=Counter)
-    masks: int = 0
+    masks: int = 0  # of anomalous images
     missing: list[Record] = field(default_factory=list)  # anomalous test images without a mask
     shares: list[float] = field(default_factory=list)  # of anomalous images' pixels
 
@@ -186,7 +186,7 @@ def _count(census: Census, record: Record, look: Look, *, trained: bool) -> None
     if not look.problem:
         count.sizes[look.size] += 1
         count.modes[look.mode] += 1
-    if record.mask is not None:
+    if record.anomalous and record.mask is not None:
         count.masks += 1
     elif record.anomalous:
         count.missing.append(record)

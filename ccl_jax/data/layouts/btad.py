@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from ccl_jax.data.layouts.by_class import Names, read_class_folders
 from ccl_jax.data.layouts.folders import Split, Tree
@@ -18,6 +19,10 @@ def read_btad(tree: Tree, *, dataset: str, classes: Sequence[str] = ()) -> Split
     or .png, masks either, whatever their images are: they go together by name. Raises ValueError
     as `read_class_folders`.
     """
+    return read_class_folders(tree, base_of(tree), NAMES, dataset=dataset, classes=classes)
+
+
+def base_of(tree: Tree) -> Path:
+    """The folder of the class folders: the root, or the one in it that the archive adds."""
     inner = tree.root / FOLDER
-    base = inner if inner in tree.folders(tree.root) else tree.root
-    return read_class_folders(tree, base, NAMES, dataset=dataset, classes=classes)
+    return inner if inner in tree.folders(tree.root) else tree.root

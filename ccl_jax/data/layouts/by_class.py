@@ -39,7 +39,7 @@ def read_class_folders(
     there. A mask belongs to the image of its kind of defect with the same name, whatever the
     ending; where one mask of a class is named `<stem>_mask`, all must be. Classes are sorted by
     name and numbered from 0; `classes` chooses some, () takes all. `ground_truth/good` is passed
-    over: a normal image has no defective pixel.
+    over, as a normal image has no defective pixel, unless `tree` is for a census.
 
     Raises:
         ValueError: The folder or a class in it does not have this layout; the text names the
@@ -55,6 +55,48 @@ def read_class_folders(
             train += [of_class.record(image, names.normal) for image in images]
         test += _test_records(of_class)
     return Split(train, test, [f"{dataset}/{composed(folder.name)}" for folder in folders])
+
+
+def left_aside(
+    tree: Tree, base: Path, names: Names = MVTEC, *, classes: Sequence[str] = ()
+) -> list[str]:
+    """What `read_class_folders` finds in a class folder and does not read, in a sentence, if any.
+
+    Images that lie beside, or below, the folders that it reads; links to folders are not followed.
+    """
+    wanted = {composed(name) for name in classes}
+    found: list[Path] = []
+    for folder in tree.folders(base):
+        if wanted and composed(folder.name) not in wanted:
+            continue
+        for part in names.train:
+            found += tree.images(folder / part)
+            for kind in _inner(tree, folder / part):
+                if kind.name != names.normal:
+                    found += tree.images(kind)
+                found += _images_below(tree, kind)
+        for kind in _inner(tree, folder / names.test):
+            if kind != folder / names.masks:
+                found += _images_below(tree, kind)
+    if not found:
+        return []
+    return [
+        f"{len(found)} images lie where the layout has none and are not used, the first is "
+        f"{found[0]}; move those that belong to it directly into <class>/{names.train[0]}/"
+        f"{names.normal} or <class>/{names.test}/<defect>"
+    ]
+
+
+def _inner(tree: Tree, folder: Path) -> list[Path]:
+    return [inner for inner in tree.folders(folder) if not inner.is_symlink()]
+
+
+def _images_below(tree: Tree, folder: Path) -> list[Path]:
+    """Images in the folders of a folder, not in itself."""
+    found: list[Path] = []
+    for inner in _inner(tree, folder):
+        found += [*tree.images(inner), *_images_below(tree, inner)]
+    return found
 
 
 class _Class(NamedTuple):
@@ -118,12 +160,16 @@ def _test_records(of_class: _Class) -> list[Record]:
     tree, folder, names = of_class.tree, of_class.folder, of_class.names
     _check_none_loose(tree, folder / names.test)
     masks = _masks(of_class)
+    of_normal = _masks_of_normal(of_class) if tree.for_census else {}
     records = []
     for kind in tree.folders(folder / names.test):
         if kind == folder / names.masks:
             continue
         for image in tree.images(kind):
-            mask = masks.pop((composed(kind.name), composed(image.stem)), None)
+            stem = composed(image.stem)
+            mask = masks.pop((composed(kind.name), stem), None)
+            if kind.name == names.normal:
+                mask = of_normal.get(stem + MASK_ENDING) or of_normal.get(stem)
             records.append(of_class.record(image, composed(kind.name), mask))
     if masks:
         (defect, stem), mask = next(iter(masks.items()))
@@ -133,7 +179,7 @@ def _test_records(of_class: _Class) -> list[Record]:
         )
     unmasked = [record for record in records if record.anomalous and record.mask is None]
     masked = sum(record.mask is not None for record in records)
-    if unmasked and masked:
+    if unmasked and masked and not tree.for_census:
         defect = unmasked[0].defect
         raise ValueError(
             f"{len(unmasked)} anomalous images in {folder} have no mask while {masked} have one, "
@@ -164,6 +210,12 @@ def _masks(of_class: _Class) -> dict[tuple[str, str], Path]:
             raise ValueError(f"{mask} and {masks[key].name} belong to one image; delete one.")
         masks[key] = mask
     return masks
+
+
+def _masks_of_normal(of_class: _Class) -> dict[str, Path]:
+    """What lies where masks of normal images would, by its name."""
+    folder = of_class.folder / of_class.names.masks / of_class.names.normal
+    return {composed(mask.stem): mask for mask in of_class.tree.images(folder)}
 
 
 def _check_none_loose(tree: Tree, folder: Path) -> None:

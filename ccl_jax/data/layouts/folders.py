@@ -33,12 +33,16 @@ class Tree:
     a link, and files of metadata may lie anywhere. Refused as well are links to nothing, and names
     that are not UTF-8.
 
+    `for_census` asks the readers for what a census judges and a training does not see: masks of
+    normal images are kept, and masks that are missing, or bad, are no error.
+
     Raises:
         ValueError: From every method, for any of these, or a folder that cannot be read; here
             where the root is not a folder.
     """
 
-    def __init__(self, root: Path, *, follow_links: bool = False) -> None:
+    def __init__(self, root: Path, *, follow_links: bool = False, for_census: bool = False) -> None:
+        self.for_census = for_census
         self.root = Path(os.path.abspath(root))  # resolve() would name the target of a link
         if not self.root.is_dir():
             what = "is a file, not a folder" if root.exists() else "does not exist"

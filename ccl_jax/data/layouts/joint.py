@@ -28,6 +28,7 @@ def read_joint(
     views: Sequence[str] = (),
     validation: str = "leave",
     follow_links: bool = False,
+    for_census: bool = False,
 ) -> Split:
     """The records of all parts, each data set named by its key, in the order of these names.
 
@@ -51,6 +52,7 @@ def read_joint(
                 splits=part.splits,
                 validation=validation,
                 follow_links=follow_links,
+                for_census=for_census,
             )
         except ValueError as error:
             raise ValueError(f"In the part {name!r}: {_for_part(str(error), name)}") from error

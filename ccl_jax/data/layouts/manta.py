@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,13 @@ def read_manta(tree: Tree, *, dataset: str, classes: Sequence[str] = ()) -> Spli
     A view is anomalous where its part of the mask marks a pixel; the others of a defective strip
     are normal. Where that cannot be known, because a class has no masks or a mask is empty, all
     five count as anomalous. For this, and for the sizes of the crops, every header and the masks
-    are opened.
+    are opened. A training strip that cannot be read is cut like a readable strip of its class, so
+    that whoever opens it names or skips it; for a census so is a test strip.
 
     Raises:
-        ValueError: No such folders, a strip whose width five views do not divide or that cannot be
-            read, masks for some strips of a class only, or without a strip.
+        ValueError: No such folders, a strip whose width five views do not divide, a test strip or
+            mask that cannot be read, a class without a readable strip, masks for some strips of a
+            class only, or without a strip.
     """
     folders = _class_folders(tree)
     names = choose_classes(folders, classes, f"{tree.root} has no such class")
@@ -48,12 +51,9 @@ def read_manta(tree: Tree, *, dataset: str, classes: Sequence[str] = ()) -> Spli
         images = tree.images(folders[name] / TRAIN)
         train += [_strip(blank, folders[name], image) for image in images]
         test += _test_strips(blank, tree, folders[name])
-    with ThreadPoolExecutor(_THREADS) as pool:
-        train, test = (
-            [view for views in pool.map(_views, strips) for view in views]
-            for strips in (train, test)
-        )
-    return Split(train, test, [f"{dataset}/{name}" for name in names])
+    views = _cut([*train, *test], len(train), for_census=tree.for_census)
+    first = VIEWS * len(train)
+    return Split(views[:first], views[first:], [f"{dataset}/{name}" for name in names])
 
 
 def _class_folders(tree: Tree) -> dict[str, Path]:
@@ -93,6 +93,10 @@ def _test_strips(blank: Record, tree: Tree, folder: Path) -> list[Record]:
     kinds = [kind for kind in tree.folders(folder / test) if kind != folder / masks]
     strips = [(kind, image) for kind in kinds for image in tree.images(kind)]
     found = _masks(tree, folder / masks)
+    of_normal = {
+        composed(mask.stem.removesuffix(MASK_ENDING)): mask
+        for mask in (tree.images(folder / masks / "good") if tree.for_census else ())
+    }
     uses = Counter(composed(image.stem) for kind, image in strips if kind.name != "good")
     records = []
     for kind, image in strips:
@@ -102,6 +106,8 @@ def _test_strips(blank: Record, tree: Tree, folder: Path) -> list[Record]:
             mask = found.pop((composed(kind.name), composed(image.stem)), None)
             mask = mask or (found.pop(common, None) if common else None)
             record = replace(record, anomalous=True, defect=composed(kind.name), mask=mask)
+        else:
+            record = replace(record, mask=of_normal.get(composed(image.stem)))
         records.append(record)
     if found:
         mask = next(iter(found.values()))
@@ -109,8 +115,9 @@ def _test_strips(blank: Record, tree: Tree, folder: Path) -> list[Record]:
             f"{len(found)} masks in {folder / masks} belong to no strip, or to several, the first "
             f"is {mask}; put each into {folder / masks}/<defect>, named as its strip."
         )
-    unmasked = [record for record in records if record.anomalous and record.mask is None]
-    if unmasked and any(record.mask is not None for record in records):
+    anomalous = [record for record in records if record.anomalous]
+    unmasked = [record for record in anomalous if record.mask is None]
+    if 0 < len(unmasked) < len(anomalous) and not tree.for_census:
         raise ValueError(
             f"{len(unmasked)} defective strips in {folder} have no mask while others have one, the "
             f"first is {unmasked[0].image!s}; add {folder / masks}/{unmasked[0].defect}/<stem>.png."
@@ -133,20 +140,43 @@ def _masks(tree: Tree, folder: Path) -> dict[tuple[str, str], Path]:
     return masks
 
 
-def _views(strip: Record) -> list[Record]:
-    """The views of a strip, left to right."""
-    width, height = picture_size(strip)
+def _cut(strips: Sequence[Record], trained: int, *, for_census: bool) -> list[Record]:
+    """The views of all strips, of which the first `trained` are for training."""
+    lenient = [for_census or index < trained for index in range(len(strips))]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        found = list(pool.map(_size, strips, lenient))
+        known = {strip.label: size for strip, size in zip(strips, found, strict=True) if size}
+        sizes = [
+            size or known.get(strip.label) or picture_size(strip)  # which says why it has none
+            for strip, size in zip(strips, found, strict=True)
+        ]
+        views = pool.map(partial(_views, for_census=for_census), strips, sizes)
+        return [view for of_strip in views for view in of_strip]
+
+
+def _size(strip: Record, lenient: bool) -> tuple[int, int] | None:
+    try:
+        return picture_size(strip)
+    except ValueError:
+        if lenient:
+            return None
+        raise
+
+
+def _views(strip: Record, size: tuple[int, int], *, for_census: bool) -> list[Record]:
+    """The views of a strip of a size, left to right."""
+    width, height = size
     step, rest = divmod(width, VIEWS)
     if rest or not step:
         raise ValueError(
             f"{strip.image!s} is {width}x{height} pixels, so it is no strip of {VIEWS} equally "
             "wide views; replace the file, or take it out of the data."
         )
-    shown = _shown(strip, step)
+    shown = _shown(strip, step, for_census=for_census)
     return [
         replace(
             strip,
-            mask=strip.mask if shown[view] else None,
+            mask=strip.mask if shown[view] or not strip.anomalous else None,
             anomalous=shown[view],
             defect=strip.defect if shown[view] else "good",
             view=str(view),
@@ -157,10 +187,15 @@ def _views(strip: Record) -> list[Record]:
     ]
 
 
-def _shown(strip: Record, step: int) -> list[bool]:
+def _shown(strip: Record, step: int, *, for_census: bool) -> list[bool]:
     """Which views show the defect of a strip."""
     if not strip.anomalous or strip.mask is None:
         return [strip.anomalous] * VIEWS
-    mask = read_mask(strip, None)
+    try:
+        mask = read_mask(strip, None)
+    except ValueError:
+        if for_census:  # which opens it again and says why
+            return [True] * VIEWS
+        raise
     shown = [bool(np.any(mask[:, view * step : (view + 1) * step])) for view in range(VIEWS)]
     return shown if any(shown) else [True] * VIEWS

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from ccl_jax.data.layouts.folders import Split, Tree, choose_classes
+from ccl_jax.data.layouts.folders import Split, Tree, choose_classes, composed
 from ccl_jax.data.layouts.metadata import (
     Entry,
+    class_name_of,
     optional_text_of,
     read_entries,
     read_json,
@@ -38,7 +39,7 @@ def read_meta_json(
             strips = isinstance(content, Mapping) and "test-pixel" in content
             hint = "; read five-view strips with --config.data.layout=manta" if strips else ""
             raise ValueError(f"{path} has no object {part!r} of classes{hint}.")
-    found = {name for part in PARTS for name in content[part]}
+    found = {class_name_of(name, f"{path}, {part},") for part in PARTS for name in content[part]}
     names = choose_classes(found, classes, f"{path} has no such class")
     entries = _entries(content, path, tree.root)
     return read_entries(tree, entries, names, dataset=dataset, source=path)
@@ -62,7 +63,7 @@ def _entries(content: Mapping, path: Path, root: Path) -> Iterator[Entry]:
                 yield Entry(
                     where=where,
                     train=train,
-                    class_name=name,
+                    class_name=composed(name),
                     base=root,
                     image=image,
                     mask=optional_text_of(item, "mask_path", where),

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ccl_jax.data.layouts.folders import Split, Tree, key_of
+from ccl_jax.data.layouts.folders import Split, Tree, composed, key_of
 from ccl_jax.data.records import Record, class_of
 
 
@@ -32,7 +32,8 @@ def read_entries(
 ) -> Split:
     """Records of the entries of the classes `names`, by class, then by path within the root.
 
-    A mask counts for anomalous images only. `source` is the file or folder of the metadata.
+    A mask counts for anomalous images only, unless `tree` is for a census. `source` is the file or
+    folder of the metadata.
 
     Raises:
         ValueError: A file that is not there, an absolute path or one that leads out of the root,
@@ -48,7 +49,7 @@ def read_entries(
         anomalous = entry.defect != "good"
         image = tree.find(entry.base, entry.image, entry.where)
         mask = None
-        if anomalous and entry.mask:
+        if entry.mask and (anomalous or tree.for_census):
             mask = tree.find(entry.base, entry.mask, entry.where)
         if image is None or (anomalous and entry.mask and mask is None):
             lacking = entry.image if image is None else entry.mask
@@ -75,7 +76,9 @@ def read_entries(
         )
     train, test = (sorted(found[part], key=lambda r: (r.label, r.key)) for part in (True, False))
     split = Split(train, test, [f"{dataset}/{name}" for name in names])
-    _check_classes(split, names, source)
+    _check_trained(split, names, source)
+    if not tree.for_census:
+        _check_masks(split, source)
     return split
 
 
@@ -115,6 +118,16 @@ def read_table(path: Path, columns: Sequence[str]) -> Iterator[tuple[str, dict[s
         yield where, {name: row[name] for name in columns}
 
 
+def class_name_of(name: str, where: str) -> str:
+    """A class as metadata name it, in composed characters; ValueError where it is no plain name."""
+    if name.strip() in ("", ".", "..") or any(c in "/\\" or not c.isprintable() for c in name):
+        raise ValueError(
+            f"{where} names a class {name!r}; a class needs a name without slashes and control "
+            "characters, as it becomes part of file names: rename it there."
+        )
+    return composed(name)
+
+
 def text_of(entry: object, name: str, where: str) -> str:
     """A field of an entry that must be text; ValueError where it is not."""
     value = entry.get(name) if isinstance(entry, Mapping) else None
@@ -149,7 +162,7 @@ def _text(path: Path) -> str:
         ) from error
 
 
-def _check_classes(split: Split, names: Sequence[str], source: Path) -> None:
+def _check_trained(split: Split, names: Sequence[str], source: Path) -> None:
     trained = {record.class_name for record in split.train}
     untrained = [name for name in names if name not in trained]
     if untrained:
@@ -159,6 +172,9 @@ def _check_classes(split: Split, names: Sequence[str], source: Path) -> None:
             f"{len(untrained)} of {len(names)} classes in {source} have no training images: "
             f"{', '.join(untrained)}; add them{without}."
         )
+
+
+def _check_masks(split: Split, source: Path) -> None:
     masked = {record.class_name for record in split.test if record.mask is not None}
     unmasked = [r for r in split.test if r.anomalous and r.mask is None and r.class_name in masked]
     if unmasked:

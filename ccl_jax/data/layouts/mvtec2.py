@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ccl_jax.data.layouts import by_class
 from ccl_jax.data.layouts.by_class import Names, read_class_folders
 from ccl_jax.data.layouts.folders import Split, Tree
 
@@ -20,18 +21,14 @@ def read_mvtec2(
     trains on it too. `test_private*` have no labels and are never read; `left_aside` counts both.
     Raises ValueError as `read_class_folders`.
     """
-    names = Names(
-        train=("train", "validation") if validation == "train" else ("train",),
-        test="test_public",
-        masks="test_public/ground_truth",
-    )
+    names = _names(validation)
     return read_class_folders(tree, tree.root, names, dataset=dataset, classes=classes)
 
 
 def left_aside(tree: Tree, classes: Sequence[str], validation: str) -> list[str]:
     """What `read_mvtec2` does not read, a sentence each."""
+    notes = by_class.left_aside(tree, tree.root, _names(validation), classes=classes)
     folders = [f for f in tree.folders(tree.root) if not classes or f.name in classes]
-    notes = []
     kept = _count(tree, folders, "validation/good")
     if kept and validation == "leave":
         notes.append(
@@ -44,6 +41,14 @@ def left_aside(tree: Tree, classes: Sequence[str], validation: str) -> list[str]
             "https://benchmark.mvtec.com scores them"
         )
     return notes
+
+
+def _names(validation: str) -> Names:
+    return Names(
+        train=("train", "validation") if validation == "train" else ("train",),
+        test="test_public",
+        masks="test_public/ground_truth",
+    )
 
 
 def _count(tree: Tree, folders: Sequence[Path], name: str) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from ccl_jax.data.layouts import mvtec2
+from ccl_jax.data.layouts import btad, by_class, mvtec2, real_iad, visa
 from ccl_jax.data.layouts.btad import read_btad
 from ccl_jax.data.layouts.by_class import read_class_folders
 from ccl_jax.data.layouts.folders import Split, Tree
@@ -29,13 +29,14 @@ def read_split(
     views: Sequence[str] = (),
     validation: str = "leave",
     follow_links: bool = False,
+    for_census: bool = False,
 ) -> Split:
     """Records of a data set, sorted, the same list on every machine; pictures stay closed.
 
     Only "manta" opens any: see `read_manta`. `dataset` names the set in results, "" takes the
     folder's name; `classes` and `views` choose some, () takes all; `splits` is the file or folder
     of the lists where that is not the published one; `validation` counts for "mvtec2", and
-    `follow_links` is that of `Tree`.
+    `follow_links` and `for_census` are those of `Tree`.
 
     Raises:
         ValueError: An unknown layout, or a folder that does not have the layout; the text names
@@ -50,7 +51,7 @@ def read_split(
             f"config.data.splits={splits!r} has no meaning for config.data.layout={layout}, whose "
             "folders say it all; leave it empty: --config.data.splits=''."
         )
-    tree = Tree(root, follow_links=follow_links)
+    tree = Tree(root, follow_links=follow_links, for_census=for_census)
     dataset = dataset or tree.root.name
     return choose_views(_read(tree, layout, dataset, classes, splits, validation), views)
 
@@ -65,20 +66,33 @@ def left_aside(
     *,
     layout: str,
     classes: Sequence[str] = (),
+    splits: str = "",
     validation: str = "leave",
     follow_links: bool = False,
 ) -> list[str]:
-    """What `read_split` does not read of a published data set, a sentence each."""
-    if layout != "mvtec2":
-        return []
-    return mvtec2.left_aside(Tree(root, follow_links=follow_links), classes, validation)
+    """What `read_split` does not read of a data set that it can read, a sentence each."""
+    tree = Tree(root, follow_links=follow_links)
+    match layout:
+        case "mvtec":
+            return by_class.left_aside(tree, tree.root, classes=classes)
+        case "mvtec2":
+            return mvtec2.left_aside(tree, classes, validation)
+        case "btad":
+            return by_class.left_aside(tree, btad.base_of(tree), btad.NAMES, classes=classes)
+        case "visa":
+            base = None if splits else visa.base_of(tree)
+            return by_class.left_aside(tree, base, classes=classes) if base else []
+        case "real_iad":
+            return real_iad.left_aside(tree, splits)
+        case _:
+            return []
 
 
 def choose_views(split: Split, views: Sequence[str]) -> Split:
     """Only the records of some views, and those that have none; () takes all.
 
     Raises:
-        ValueError: No record has one of the views.
+        ValueError: No record has one of the views, or a class has training images in others only.
     """
     if not views:
         return split
@@ -94,6 +108,16 @@ def choose_views(split: Split, views: Sequence[str]) -> Split:
     train, test = (
         [record for record in part if record.view in chosen] for part in (split.train, split.test)
     )
+    trained = {record.label for record in train}
+    lost = [label for label in range(len(split.class_names)) if label not in trained]
+    if lost:
+        theirs = sorted({record.view for record in split.train if record.label in lost})
+        raise ValueError(
+            f"config.data.views={tuple(views)} leaves {len(lost)} of {len(split.class_names)} "
+            f"classes without training images: "
+            f"{', '.join(split.class_names[label] for label in lost)}; theirs are of the views "
+            f"{', '.join(theirs)}, so add some of these, or leave the classes out."
+        )
     return split._replace(train=train, test=test)
 
 

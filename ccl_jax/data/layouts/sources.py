@@ -19,7 +19,7 @@ class Source(NamedTuple):
     home: str  # page of the authors
     licence: str
     put: str  # what to unpack where
-    archive: str = ""  # address of a public download; "": there is none without asking
+    archive: str = ""  # address of a public download, or where one is linked; "": ask for access
     sha256: str = ""  # of the archive
 
 
@@ -69,19 +69,26 @@ SOURCES = {
         "MANTA",
         "https://grainnet.github.io/MANTA",
         "see https://grainnet.github.io/MANTA",
-        "unpack it; the root is the folder with agriculture, electronics, ...",
+        "unpack it; the root is the folder with the domains agriculture, electronics, ..., as "
+        "agriculture/maize/train/good",
+        "see its page",
     ),
     "mpdd": Source(
         "MPDD (Metal Parts Defect Detection)",
         "https://github.com/stepanje/MPDD",
-        "see https://github.com/stepanje/MPDD",
-        "unpack it; the root is the folder with bracket_black, ..., and the layout is mvtec",
+        "none stated in its repository",
+        "unpack what lies there; the root is the folder with bracket_black, ..., as "
+        "bracket_black/train/good, and the layout is mvtec",
+        "https://vutbr-my.sharepoint.com/:f:/g/personal/xjezek16_vutbr_cz/"
+        "EhHS_ufVigxDo3MC6Lweau0BVMuoCmhMZj6ddamiQ7-FnA?e=oHKCxI",
     ),
     "medical": Source(
         "Uni-Medical (derived from BMAD)",
         "https://github.com/zhangzjn/ADer",
         "see https://github.com/DorisBao/BMAD: each of its sources has its own terms",
-        "unpack it; the root is the folder with brain, liver, retinal, and the layout is mvtec",
+        "unpack it; the root is the folder with brain, liver, retinal, as brain/train/good, and "
+        "the layout is mvtec",
+        "https://drive.google.com/file/d/1Q33X6UMS_2rfdOlHq-Levf7Df7z3tUKp/view",
     ),
 }
 # Other names that the folders of data sets go by.

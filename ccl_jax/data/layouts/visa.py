@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ccl_jax.data.layouts.by_class import read_class_folders
 from ccl_jax.data.layouts.folders import Split, Tree, choose_classes
-from ccl_jax.data.layouts.metadata import Entry, read_entries, read_table
+from ccl_jax.data.layouts.metadata import Entry, class_name_of, read_entries, read_table
 
 COLUMNS = ("object", "split", "label", "image", "mask")
 TABLE = "split_csv/1cls.csv"
@@ -27,7 +27,7 @@ def read_visa(tree: Tree, *, dataset: str, classes: Sequence[str] = (), splits: 
         ValueError: Neither form, a table that is damaged or names what is not there, an absolute
             path or one that leads out of the root, a class without training images.
     """
-    base = _converted(tree)
+    base = base_of(tree)
     if base is not None and not splits:
         return read_class_folders(tree, base, dataset=dataset, classes=classes)
     table = tree.root / (splits or TABLE)
@@ -43,7 +43,7 @@ def read_visa(tree: Tree, *, dataset: str, classes: Sequence[str] = (), splits: 
     return read_entries(tree, entries, names, dataset=dataset, source=table)
 
 
-def _converted(tree: Tree) -> Path | None:
+def base_of(tree: Tree) -> Path | None:
     """The folder that holds the converted class folders, if there are any."""
     for base in (tree.root / "1cls", tree.root):
         if any((folder / "train" / "good").is_dir() for folder in tree.folders(base)):
@@ -61,7 +61,7 @@ def _entries(table: Path, root: Path) -> Iterator[Entry]:
         yield Entry(
             where=where,
             train=PARTS[row["split"]],
-            class_name=row["object"],
+            class_name=class_name_of(row["object"], where),
             base=root,
             image=row["image"],
             mask=row["mask"],
