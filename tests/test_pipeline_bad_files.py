@@ -35,7 +35,7 @@ def test_only_the_rows_of_bad_files_change_and_by_a_rule(shuffle):
 @pytest.mark.parametrize(
     "reading",
     [{"threads": 3}, {"workers": 2}, {"cache": DecodedCache(2**20)}, {"start": 3}],
-    ids=str,
+    ids=["threads", "workers", "cache", "later"],
 )
 def test_a_batch_with_stand_ins_depends_on_nothing_that_reads_it(reading):
     want = take(skipping(threads=0)[0], 9)[reading.get("start", 0) :]
