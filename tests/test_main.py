@@ -369,7 +369,7 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_refused(trained, photos, tm
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ccl_jax.jobs.check_records", lambda *_: json.loads("{"))
+    monkeypatch.setattr("ccl_jax.datasets.check_records", lambda *_: json.loads("{"))
     assert main(tiny(photos, tmp_path / "run")) == 1
     assert "Traceback" in capsys.readouterr().err
 

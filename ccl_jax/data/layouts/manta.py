@@ -144,23 +144,22 @@ def _cut(strips: Sequence[Record], trained: int, *, for_census: bool) -> list[Re
     """The views of all strips, of which the first `trained` are for training."""
     lenient = [for_census or index < trained for index in range(len(strips))]
     with ThreadPoolExecutor(_THREADS) as pool:
-        found = list(pool.map(_size, strips, lenient))
+        found = list(pool.map(_size_if_readable, strips))
         known = {strip.label: size for strip, size in zip(strips, found, strict=True) if size}
         sizes = [
-            size or known.get(strip.label) or picture_size(strip)  # which says why it has none
-            for strip, size in zip(strips, found, strict=True)
+            # picture_size says why there is none.
+            size or (known.get(strip.label) if may_be_bad else None) or picture_size(strip)
+            for strip, size, may_be_bad in zip(strips, found, lenient, strict=True)
         ]
         views = pool.map(partial(_views, for_census=for_census), strips, sizes)
         return [view for of_strip in views for view in of_strip]
 
 
-def _size(strip: Record, lenient: bool) -> tuple[int, int] | None:
+def _size_if_readable(strip: Record) -> tuple[int, int] | None:
     try:
         return picture_size(strip)
     except ValueError:
-        if lenient:
-            return None
-        raise
+        return None  # the caller decides whether that is an error
 
 
 def _views(strip: Record, size: tuple[int, int], *, for_census: bool) -> list[Record]:
