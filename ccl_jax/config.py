@@ -5,6 +5,7 @@ import importlib.util
 import json
 import sys
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,17 @@ from ml_collections.config_dict import ConfigDict
 HOW_TO_RUN = (
     "name",
     "data.root",
+    "data.splits",
+    "data.parts.*.root",
+    "data.parts.*.splits",
+    "data.follow_links",
+    "data.check",
+    "data.source",  # prepared images give the same batches
+    "data.prepared",
+    "data.prepared_images",
+    "data.cache_dir",
+    "data.cache_gib",
+    "data.bad_files",  # images are as they would be; a run goes on where another had stopped
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
@@ -93,7 +105,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> tuple[list[str], list[str]]
     for key in sorted(before.keys() | after.keys()):
         values = before.get(key, "(not there)"), after.get(key, "(not there)")
         if values[0] != values[1]:
-            free = any(key == name or key.startswith(f"{name}.") for name in HOW_TO_RUN)
+            free = any(fnmatch(key, name) or key.startswith(f"{name}.") for name in HOW_TO_RUN)
             (how if free else what).append(f"{key}: {values[0]!r} -> {values[1]!r}")
     return what, how
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ccl_jax import mesh, report
+from ccl_jax import figures, mesh, report
 from ccl_jax.data.records import Record, class_of, read_image, read_mask
 from ccl_jax.metrics import conventions as published
 from ccl_jax.metrics import counts as counting
@@ -202,6 +202,11 @@ def per_class(
         values |= metrics.pixel_metrics(
             *histograms[name], int(found.regions[mine].sum()), conventions.aupro_fpr_limit
         )
+        own = [record for record in records if record.label == label]
+        if any(record.sample for record in own):
+            values[metrics.SAMPLE_METRIC] = metrics.sample_auroc(
+                found.image_scores[mine], anomalous, [record.sample or record.key for record in own]
+            )
         number = {"n_normal": int((~anomalous).sum()), "n_anomalous": int(anomalous.sum())}
         classes[name] = number | values
         why = metrics.why_null(values, **number, has_masks=label in masked)
@@ -235,7 +240,7 @@ def draw(
     """Writes a figure sheet per class, in images of `size` pixels."""
     for name, indices in drawn.items():
         panels = [
-            report.Panel(
+            figures.Panel(
                 image=read_image(records[i], size),
                 mask=None if records[i].mask is None else read_mask(records[i], size),
                 score_map=found.maps[i],
@@ -245,4 +250,4 @@ def draw(
             )
             for i in indices
         ]
-        report.class_sheet(report.sheet_path(folder, name), name, panels)
+        figures.class_sheet(report.sheet_path(folder, name), name, panels)

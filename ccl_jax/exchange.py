@@ -1,7 +1,6 @@
 """Checkpoints of the authors' released PyTorch code become workdirs, and workdirs such files."""
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -155,8 +154,7 @@ def refuse_used(workdir: Path) -> None:
 
 def write_description(config: ConfigDict, workdir: Path, released: Released) -> None:
     """Writes config.json and published.json; whatever data a first start had seen is forgotten."""
-    config = config.copy_and_resolve_references()
-    config.data.root = os.path.abspath(config.data.root) if config.data.root else ""
+    config = setup.with_absolute_roots(config)
     (workdir / "data.json").unlink(missing_ok=True)
     setup.write_atomically(workdir / "config.json", configs.to_json(config))
     provenance = json.dumps(released.provenance, indent=2) + "\n"

@@ -1,17 +1,16 @@
 """The jobs behind the door: each takes a validated config apart and calls the plain functions."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from tqdm import tqdm
 
-from ccl_jax import baseline, report, settings, setup
+from ccl_jax import baseline, mesh, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
-from ccl_jax.data import layouts, pipeline, synthetic
-from ccl_jax.data.records import check_files, check_records
+from ccl_jax.data import layouts, pipeline
+from ccl_jax.data.pictures import DecodedCache
+from ccl_jax.datasets import read_split
 from ccl_jax.evaluate import Conventions, evaluate
 from ccl_jax.predict import Detector, predict_files, scorer_of
 from ccl_jax.pretraining.episodes import Episodes
@@ -48,6 +47,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 + (f", continuing at step {done}" if done else ""),
                 flush=True,
             )
+            cache = setup.decoded_cache(config, split)
 
             def evaluation(number: int, state: TrainState) -> None:
                 variables = join(training.frozen, state.params, state.batch_stats)
@@ -55,24 +55,30 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 scorer = Scorer(
                     training.graphdef, *variables, maps, where, number, training.encoder
                 )
-                evaluate_and_print(config, workdir, scorer, split, time.perf_counter() - start)
+                seconds = time.perf_counter() - start
+                again = cache if config.eval.every_steps else None  # kept images pay when reread
+                evaluate_and_print(config, workdir, scorer, split, seconds, again)
 
-            with (
-                setup.train_batches(config, split, done) as batches,
-                setup.run_log(config, workdir, total, done) as log,
-            ):
-                state = train(
-                    state,
-                    training.frozen,
-                    batches,
-                    training.step,
-                    where=where,
-                    schedule=settings.schedule_of(config, total),
-                    checkpoints=checkpoints,
-                    log=log,
-                    evaluate=evaluation,
-                    stop=stop,
-                )
+            try:
+                with (
+                    setup.run_log(config, workdir, total, done) as log,
+                    setup.train_batches(config, workdir, split, done, cache, log) as batches,
+                    mesh.Ahead(batches, where) as sent,
+                ):
+                    state = train(
+                        state,
+                        training.frozen,
+                        sent,
+                        training.step,
+                        where=where,
+                        schedule=settings.schedule_of(config, total),
+                        checkpoints=checkpoints,
+                        log=log,
+                        evaluate=evaluation,
+                        stop=stop,
+                    )
+            finally:
+                print_skipped(workdir)
         if stop.signal is None:  # signals act as usual again: everything is saved
             evaluation(total, state)
             return 0
@@ -121,21 +127,6 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
     return 1 if unreadable else 0
 
 
-def prepare_job(config: ConfigDict, workdir: Path) -> int:
-    """Generates the benchmark where the config asks for one, and says what the data holds."""
-    split = read_split(config)
-    rows = []
-    for label, name in enumerate(split.class_names):
-        test = [record for record in split.test if record.label == label]
-        rows.append(
-            f"{name}: {sum(record.label == label for record in split.train)} to train on, "
-            f"{sum(not record.anomalous for record in test)} normal and "
-            f"{sum(record.anomalous for record in test)} anomalous to test on"
-        )
-    print("\n".join([f"{config.data.root}: {len(rows)} classes", *rows]))
-    return 0
-
-
 def baseline_job(config: ConfigDict, workdir: Path) -> int:
     """Prints what trivial detectors reach on the data: a floor for every real one."""
     split = read_split(config)
@@ -174,41 +165,31 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
-def read_split(config: ConfigDict) -> layouts.Split:
-    """The records of the config's data, generated first where they are to be."""
-    root = Path(config.data.root)
-    if config.data.layout == "synthetic":
-        synthetic.write_benchmark(
-            root, **config.synthetic.to_dict(), progress=progress_bar(wanted=config.run.progress)
+def print_skipped(workdir: Path) -> None:
+    """Names the training images that others stood in for, if there were any."""
+    reasons = setup.skipped_in(workdir)
+    if reasons:
+        lines = "\n  ".join(reasons)
+        print(
+            f"{len(reasons)} training images could not be read, and others of their classes stood "
+            f"in for them (config.data.bad_files=skip):\n  {lines}",
+            flush=True,
         )
-    split = layouts.read_mvtec(root, dataset=config.data.name, classes=config.data.classes)
-    check_records(split.train, split.test)
-    check_files([*split.train, *split.test])
-    return split
-
-
-def progress_bar(*, wanted: bool) -> Callable[[int, int], None] | None:
-    """A callback (done, total) that draws a bar from its first call on."""
-    if not wanted:
-        return None
-    bar: list[tqdm] = []
-
-    def progress(done: int, total: int) -> None:
-        if not bar:
-            bar.append(tqdm(desc="generating images", unit="image", total=total))
-        bar[0].update(done - bar[0].n)
-        if done == total:
-            bar[0].close()
-
-    return progress
 
 
 def evaluate_and_print(
-    config: ConfigDict, workdir: Path, scorer: Scorer, split: layouts.Split, seconds: float
+    config: ConfigDict,
+    workdir: Path,
+    scorer: Scorer,
+    split: layouts.Split,
+    seconds: float,
+    cache: DecodedCache | None = None,
 ) -> None:
-    """Evaluates a scorer on the test images, and prints the table and where the rest is."""
+    """Evaluates a scorer on the test images, and prints the table and where the rest is.
+
+    `cache` keeps the test images for the next evaluation.
+    """
     folder = workdir / "evaluation" / str(scorer.step)
-    dataset = split.train[0].dataset
     with pipeline.evaluation_batches(
         split.test,
         image_size=config.data.image_size,
@@ -217,12 +198,13 @@ def evaluate_and_print(
         workers=config.run.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        cache=cache,
     ) as batches:
         results = evaluate(
             scorer,
             split.test,
             batches,
-            [f"{dataset}/{name}" for name in split.class_names],
+            split.class_names,
             conventions=Conventions(
                 image_label=config.eval.image_label,
                 aupro_fpr_limit=config.eval.aupro_fpr_limit,
@@ -230,10 +212,11 @@ def evaluate_and_print(
                 published_metrics=config.eval.published_metrics,
             ),
             folder=folder,
-            dataset=dataset,
+            dataset=config.data.name or " + ".join(sorted({r.dataset for r in split.test})),
             provenance={
                 **provenance(config.to_dict()),
                 "seconds_before_evaluation": round(seconds, 3),
+                "skipped_training_images": setup.skipped_in(workdir),
             },
         )
     lines = [f"step {scorer.step}\n\n{report.markdown_table(results)}\n"]

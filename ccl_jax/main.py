@@ -6,13 +6,15 @@
 Jobs: train (the default) trains, checkpoints and evaluates, or goes on where it stopped; evaluate
 scores the test images of a trained workdir; predict scores your images
 (--config.predict.input=FILE_OR_FOLDER); import makes a workdir of a checkpoint of the authors' code
-(--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data;
-baseline prints what trivial detectors reach; pretrain learns an encoder from procedural images
-(configs/pretrain.py). evaluate, predict and export need no --config: the
-workdir knows its own. configs/default.py lists every setting with its unit.
+(--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data, with
+--config.data.check=full opens all of it and says what is wrong, and with
+--config.data.source=prepared writes it as shards; baseline prints what trivial detectors reach;
+pretrain learns an encoder from procedural images (configs/pretrain.py). evaluate, predict and
+export need no --config: the workdir knows its own. configs/default.py lists every setting with its
+unit.
 
-Exit status: 0 done, 1 an error (for predict also: some files could not be read), 2 wrong
-arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
+Exit status: 0 done, 1 an error (for predict also: some files could not be read; for prepare: data
+that would spoil a training), 2 wrong arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
 """
 
 import os
@@ -25,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ccl_jax import config as configs
-from ccl_jax import exchange, jobs
+from ccl_jax import data_jobs, exchange, jobs
 from ccl_jax.validation import validate
 
 JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
@@ -34,7 +36,7 @@ JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
     "predict": jobs.predict_job,
     "import": exchange.import_job,
     "export": exchange.export_job,
-    "prepare": jobs.prepare_job,
+    "prepare": data_jobs.prepare_job,
     "baseline": jobs.baseline_job,
     "pretrain": jobs.pretrain_job,
 }

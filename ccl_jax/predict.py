@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ccl_jax import mesh, report
+from ccl_jax import figures, mesh
 from ccl_jax.data.layouts import plain_images
 from ccl_jax.data.records import as_rgb, read_image
 from ccl_jax.scoring import (
@@ -165,7 +165,7 @@ def predict_files(
         for i in sorted(set(range(len(paths))) - errors.keys()):
             file = output / overlays[i]
             file.parent.mkdir(parents=True, exist_ok=True)
-            picture = report.overlay(
+            picture = figures.overlay(
                 read_image(paths[i], detector.size), np.asarray(maps[i]), 0.0, highest
             )
             Image.fromarray(picture).save(file)

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -78,7 +79,8 @@ class RunLog:
     """The log of a run, `folder/metrics.jsonl` and TensorBoard events; use it as a context manager.
 
     A run that resumes at `start_step` appends, after what a killed run logged beyond that step is
-    taken out: each step appears once. Of several processes only the first writes or shows anything.
+    taken out: each step appears once. Of several processes only the first writes, or shows more
+    than its notes.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class RunLog:
     ) -> None:
         self._throughput = Throughput(images_per_step)
         self._lines: IO[str] | None = None
+        self._writing = threading.Lock()  # notes come from other threads
         self._events: Any = None
         first = jax.process_index() == 0
         if first:
@@ -129,6 +132,14 @@ class RunLog:
         """Adds to the time spent waiting for input."""
         self._throughput.waited(seconds)
 
+    def note(self, text: str) -> None:
+        """Shows a text on standard error, and logs it as {"step", "time", "note"}.
+
+        It may come from another thread than the steps, such as one that reads ahead of them.
+        """
+        self._bar.write(text, file=sys.stderr)
+        self._line({"step": self._step, "time": round(time.time(), 3), "note": text})
+
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """A block whose time counts neither as training nor as waiting, e.g. an evaluation."""
         return self._throughput.paused()
@@ -152,14 +163,17 @@ class RunLog:
             shown.append(f"{speed['images_per_second']:.0f} images/s")
             self._bar.set_postfix_str(", ".join(shown))
         values |= speed
-        if self._lines is not None:
-            line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
-            line |= {name: v if math.isfinite(v) else None for name, v in values.items()}
-            self._lines.write(json.dumps(line, allow_nan=False) + "\n")
-            self._lines.flush()
+        line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
+        self._line(line | {name: v if math.isfinite(v) else None for name, v in values.items()})
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+
+    def _line(self, line: Mapping[str, Any]) -> None:
+        if self._lines is not None:
+            with self._writing:
+                self._lines.write(json.dumps(line, allow_nan=False) + "\n")
+                self._lines.flush()
 
 
 def _reopen(path: Path, start_step: int) -> IO[str]:

@@ -15,7 +15,8 @@ from ccl_jax import mesh, settings
 from ccl_jax.augment import Recipe
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
-from ccl_jax.data import layouts, pipeline
+from ccl_jax.data import layouts, pipeline, remote
+from ccl_jax.data.pictures import DecodedCache, decoded_bytes
 from ccl_jax.run_log import RunLog
 from ccl_jax.scoring import architecture_of
 from ccl_jax.state import Frozen, TrainState, init_state, obtain_encoder, purpose_key
@@ -108,15 +109,15 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
     Raises ValueError where settings or training images differ in what is computed; says what else
     differs.
     """
-    config = config.copy_and_resolve_references()
-    config.data.root = os.path.abspath(config.data.root)  # a later job may start elsewhere
+    config = with_absolute_roots(config)
     data = {
         "classes": split.class_names,
         "training_images": len(split.train),
         "sha256": hashlib.sha256("\n".join(r.key for r in split.train).encode()).hexdigest(),
     }
     if fresh:
-        (workdir / "published.json").unlink(missing_ok=True)  # of an import that did not end
+        for name in ("published.json", "skipped.json"):  # of a start that did not come far
+            (workdir / name).unlink(missing_ok=True)
     else:
         compare_settings(configs.read_json(workdir / "config.json"), config, workdir)
         # A workdir that was imported has seen no data yet.
@@ -124,6 +125,20 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
             compare_data(json.loads((workdir / "data.json").read_text()), data, workdir)
     write_atomically(workdir / "config.json", configs.to_json(config))
     write_atomically(workdir / "data.json", json.dumps(data, indent=2) + "\n")
+
+
+def with_absolute_roots(config: ConfigDict) -> ConfigDict:
+    """A copy of the config that finds the data from any folder: a later job may start elsewhere."""
+    config = config.copy_and_resolve_references()
+    for section in (config.data, *config.data.parts.values()):
+        section.root = _absolute(section.root)
+    for key in ("prepared", "cache_dir"):
+        config.data[key] = _absolute(config.data[key])
+    return config
+
+
+def _absolute(location: str) -> str:
+    return os.path.abspath(location) if location and not remote.is_url(location) else location
 
 
 def compare_settings(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
@@ -184,8 +199,38 @@ def first_or_saved(
     return checkpoints.restore(-1, abstract)
 
 
-def train_batches(config: ConfigDict, split: layouts.Split, start: int) -> Any:
-    """The batches from number `start` on."""
+def decoded_cache(config: ConfigDict, split: layouts.Split) -> DecodedCache:
+    """The memory for decoded images; says whether the training images fit."""
+    cache = DecodedCache(int(config.data.cache_gib * 2**30))
+    needed = decoded_bytes(len(split.train), config.data.image_size)
+    fits = needed <= cache.budget
+    what = "stay in memory" if fits else "are decoded anew in every epoch"
+    print(
+        f"the training images {what}: they take {needed / 2**30:.3g} GiB, and "
+        f"config.data.cache_gib={config.data.cache_gib:g}"
+        + ("; threads read them, no workers" if fits and config.run.workers else ""),
+        flush=True,
+    )
+    return cache
+
+
+def train_batches(
+    config: ConfigDict,
+    workdir: Path,
+    split: layouts.Split,
+    start: int,
+    cache: DecodedCache,
+    log: RunLog,
+) -> pipeline.Batches:
+    """The batches from number `start` on; the log and `skipped_in` learn of unreadable files."""
+
+    def report(reason: str) -> None:
+        log.note(reason)
+        reasons = skipped_in(workdir)
+        if reason not in reasons:
+            text = json.dumps([*reasons, reason], indent=2, ensure_ascii=False)
+            write_atomically(workdir / "skipped.json", text + "\n")
+
     return pipeline.train_batches(
         split.train,
         image_size=config.data.image_size,
@@ -197,4 +242,13 @@ def train_batches(config: ConfigDict, split: layouts.Split, start: int) -> Any:
         workers=config.run.workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
+        cache=cache,
+        bad_files=config.data.bad_files,
+        report=report,
     )
+
+
+def skipped_in(workdir: Path) -> list[str]:
+    """Why which training images could not be read, at any start, so that others stood in."""
+    path = workdir / "skipped.json"
+    return json.loads(path.read_text()) if path.exists() else []

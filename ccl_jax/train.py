@@ -205,7 +205,7 @@ class Schedule:
 def train(
     state: TrainState,
     frozen: Frozen,
-    batches: Iterator[dict[str, np.ndarray]],
+    batches: Iterator[dict[str, Array]],
     step: Callable[..., tuple[TrainState, Scalars]],
     *,
     where: jax.sharding.Mesh,
@@ -217,10 +217,10 @@ def train(
 ) -> TrainState:
     """Runs the steps that are left, and returns the last state; it is also saved.
 
-    `batches` begins at the batch whose number is `state.step`. Ends early where `stop` has
-    received a signal. Raises FloatingPointError, naming step and term, where a loss or a gradient
-    was not finite; the state before that step is saved. Whatever else stops it, such as a file
-    that cannot be read, the steps so far are saved too. An evaluation comes after a save.
+    `batches`, on the devices, begins at the batch whose number is `state.step`. Ends early where
+    `stop` has received a signal. Raises FloatingPointError, naming step and term, where a loss or
+    a gradient was not finite; the state before that step is saved. Whatever else stops it, such as
+    a file that cannot be read, the steps so far are saved too. An evaluation comes after a save.
     """
     step = jax.jit(step, donate_argnums=0)
     pending: list[tuple[int, Scalars]] = []
@@ -228,7 +228,7 @@ def train(
         if stop.signal is not None:
             break
         try:
-            batch = next_batch(batches, where, log)
+            batch = next_batch(batches, log)
             state, scalars = step(state, frozen, batch, put_number(position, where))
             done = position + 1
             pending.append((done, scalars))
@@ -252,14 +252,12 @@ def train(
     return state
 
 
-def next_batch(
-    batches: Iterator[dict[str, np.ndarray]], where: jax.sharding.Mesh, log: RunLog
-) -> dict[str, Array]:
-    """The next batch on the devices; the log learns how long it took to come."""
+def next_batch(batches: Iterator[dict[str, Array]], log: RunLog) -> dict[str, Array]:
+    """The next batch; the log learns how long the step waited for it."""
     start = time.perf_counter()
     batch = next(batches)
     log.waited(time.perf_counter() - start)
-    return mesh.put_batch(batch, where)
+    return batch
 
 
 def put_number(number: int, where: jax.sharding.Mesh) -> Array:

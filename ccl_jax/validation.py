@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ccl_jax.config import ConfigDict
+from ccl_jax.config import ConfigDict, flatten
+from ccl_jax.data.layouts import LAYOUTS, VALIDATION
 from ccl_jax.metrics.conventions import CONVENTIONS
 from ccl_jax.models.pretrained import check_builtin
 from ccl_jax.pretraining.images import KINDS
@@ -17,9 +18,10 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
     `needs_data` is False for a job that reads no data set.
     """
     problems = Problems(config)
-    if needs_data:
-        root = "data.root"
-        problems.check(root, lambda v: isinstance(v, str) and bool(v), "a folder", "/data/photos")
+    if needs_data and not has_prepared_data(config):
+        joint = problems.values.get("data.layout") == "joint"
+        for root in _part_keys(problems, "root") if joint else ["data.root"]:
+            problems.check(root, lambda v: v and isinstance(v, str), "a folder", "/data/photos")
     problems.check("name", lambda v: isinstance(v, str) and bool(v), "a name", "mine")
     problems.check("seed", lambda v: is_integer(v) and 0 <= v < 2**32, "in 0 .. 2**32-1", 42)
     for check in (_data, _model, _loss, _augment, _train, _evaluate_and_predict, _pretrain, _run):
@@ -31,17 +33,23 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
         raise ValueError("\n  ".join([head, *problems.lines]))
 
 
+def has_prepared_data(config: ConfigDict) -> bool:
+    """Whether the config names prepared data, which need no folder that they were made from."""
+    values = dict(flatten(config))
+    return values.get("data.source") == "prepared" and bool(values.get("data.prepared"))
+
+
 def _data(p: Problems) -> None:
-    p.choice("data.layout", "mvtec", "synthetic")
+    p.choice("data.layout", *LAYOUTS, "joint", "synthetic")
+    _parts(p)
     p.check(
         "data.name", lambda v: isinstance(v, str) and "/" not in v, 'a name without "/"', "mvtec"
     )
-    p.check(
-        "data.classes",
-        lambda v: isinstance(v, tuple) and all(isinstance(name, str) for name in v),
-        "a tuple of class names; () takes all",
-        "\"('carpet','wood')\"",
-    )
+    _names(p, "data.classes", "class names", "\"('carpet','wood')\"")
+    _names(p, "data.views", "names of views", "\"('C1','C2')\"")
+    p.check("data.splits", lambda v: isinstance(v, str), "a file or a folder", "my_split.csv")
+    p.choice("data.validation", *VALIDATION)
+    p.check("data.follow_links", lambda v: isinstance(v, bool), "True or False", False)
     p.check(
         "data.image_size",
         lambda v: is_integer(v) and v >= 64 and v % 32 == 0,
@@ -49,6 +57,22 @@ def _data(p: Problems) -> None:
         256,
     )
     p.choice("data.shuffle", "plain", "class_balanced")
+    p.choice("data.check", "headers", "full")
+    p.choice("data.source", "folder", "prepared")
+    p.choice("data.prepared_images", "original", "resized")
+    for key, example in (("prepared", "/data/prepared"), ("cache_dir", "/data/cache")):
+        p.check(f"data.{key}", lambda v: isinstance(v, str), "a folder", example)
+    source, layout, where = (
+        p.values.get(f"data.{key}") for key in ("source", "layout", "prepared")
+    )
+    if source == "prepared" and layout == "joint" and where == "":
+        p.lines.append(
+            "config.data.prepared='' means a folder beside the images, and those of "
+            "config.data.layout='joint' lie in several; name one, e.g. "
+            "--config.data.prepared=/data/joint-prepared."
+        )
+    p.number("data.cache_gib", 0.0, 1e6, 2.0)
+    p.choice("data.bad_files", "stop", "skip")
     p.check(
         "synthetic.image_size", lambda v: is_integer(v) and 32 <= v <= 1024, "in 32 .. 1024", 128
     )
@@ -59,6 +83,50 @@ def _data(p: Problems) -> None:
         ("seed", 0),
     ):
         p.integer(f"synthetic.{key}", least, max(least, 5))
+
+
+def _parts(p: Problems) -> None:
+    """The data sets of a joint one."""
+    if p.values.get("data.layout") == "joint" and not _part_keys(p, "layout"):
+        p.lines.append(
+            'config.data.layout="joint" needs the data sets in config.data.parts, each with layout '
+            "and root; see configs/joint.py."
+        )
+    for key, nothing in {"root": "''", "classes": '"()"', "splits": "''"}.items():
+        value = p.values.get(f"data.{key}")
+        if p.values.get("data.layout") == "joint" and value:
+            p.lines.append(
+                f"config.data.{key}={value!r} means nothing for config.data.layout=joint; say it "
+                f"of a part, as in config.data.parts.mvtec.{key}, and leave it out here: "
+                f"--config.data.{key}={nothing}"
+            )
+    for key in _part_keys(p, "layout"):
+        p.choice(key, *LAYOUTS)
+    layouts = [p.values.get(key) for key in ("data.layout", *_part_keys(p, "layout"))]
+    if p.values.get("data.validation") == "train" and "mvtec2" not in layouts:
+        p.lines.append(
+            f"config.data.validation='train' means nothing for config.data.layout={layouts[0]}, "
+            "which has no validation images; leave it out: --config.data.validation=leave."
+        )
+    for key in _part_keys(p, "splits"):
+        p.check(key, lambda v: isinstance(v, str), "a file or a folder", "my_split.csv")
+    for key in _part_keys(p, "classes"):
+        _names(p, key, "class names", "\"('carpet','wood')\"")
+
+
+def _part_keys(p: Problems, setting: str) -> list[str]:
+    """The keys of one setting in all parts, whether it is there or not."""
+    parts = sorted({tuple(key.split(".")[:3]) for key in p.values if key.startswith("data.parts.")})
+    return [".".join([*part, setting]) for part in parts]
+
+
+def _names(p: Problems, key: str, what: str, example: str) -> None:
+    p.check(
+        key,
+        lambda v: isinstance(v, tuple) and all(isinstance(name, str) for name in v),
+        f"a tuple of {what}; () takes all",
+        example,
+    )
 
 
 def _model(p: Problems) -> None:

@@ -49,12 +49,36 @@ def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
 def data() -> dict:
     """Which images, and how they become batches."""
     return {
-        "layout": "mvtec",  # <class>/train/good ...; "synthetic": generated into root first
+        # "mvtec": <class>/train/good ..., also your own photos; "mvtec2", "visa", "btad",
+        # "real_iad", "manta": as published; "meta": what root/meta.json names; "joint": the data
+        # sets of `parts`; "synthetic": generated into root first. See ccl_jax/data/layouts.
+        "layout": "mvtec",
         "root": "",  # folder that holds one folder per class
         "name": "",  # name of the data set in results; "" takes the folder's name
         "classes": (),  # names of the classes to use; () takes all
+        # For "joint", by name: {"layout", "root", "classes", "splits"} as here; configs/joint.py.
+        "parts": {},
+        # Other lists than the published ones, relative to root: a .csv ("visa") or .json ("meta")
+        # file, or a folder ("real_iad"), e.g. ../realiad_jsons/realiad_jsons_sv.
+        "splits": "",
+        "views": (),  # of sets with several views of a part, e.g. ("C1",); () takes all
+        "validation": "leave",  # of "mvtec2": its validation images set aside; "train": used too
+        "follow_links": False,  # whether links may lead out of root
         "image_size": 256,  # pixels, height and width; divisible by 32
+        "source": "folder",  # root as it is, or "prepared": shards that --job prepare has written
+        "prepared": "",  # folder or URL (gs://bucket/mvtec) of the shards; "" is ROOT-prepared
+        "prepared_images": "original",  # as found; "resized": once, to image_size, as PNG
+        "cache_dir": "",  # folder for local copies of shards at URLs; "" is ~/.cache/ccl_jax
         "shuffle": "plain",  # "plain", or "class_balanced": every class equally often
+        # What `--job prepare` opens of each file: "headers", as every job does before it starts, or
+        # "full": all pixels, which finds what is cut off, empty, or there twice.
+        "check": "headers",
+        # GiB of memory per process for decoded images, so that each is read from its file once; a
+        # set that does not fit (images x image_size^2 x 3 bytes) is not kept at all; 0: never keep.
+        "cache_gib": 2.0,
+        # An unreadable training image: "stop" there, or "skip" it: the next readable one of its
+        # class stands in for it, and it is named at once and at the end. A test image always stops.
+        "bad_files": "stop",
     }
 
 
@@ -234,7 +258,7 @@ def run() -> dict:
     return {
         "devices": 0,  # devices to use; 0: all
         "threads": 4,  # that decode images, per process
-        "workers": 0,  # processes that decode images; 0: threads only
+        "workers": 0,  # processes that decode images which are not kept in memory; 0: threads only
         "progress": True,  # progress bars
         "tensorboard": True,  # events beside metrics.jsonl
     }

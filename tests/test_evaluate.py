@@ -2,14 +2,16 @@ import json
 import shutil
 
 import jax
+import miniatures as mini
 import numpy as np
 import pytest
-from conftest import make_tiny_config, write_photos
+from conftest import ROOT, make_tiny_config, write_photos
 from sklearn.metrics import roc_auc_score
 
+from ccl_jax import config as configs
 from ccl_jax import evaluate as evaluation
 from ccl_jax import jobs
-from ccl_jax.data.layouts import read_mvtec
+from ccl_jax.data.layouts import read_mvtec, read_split
 from ccl_jax.data.records import read_mask
 from ccl_jax.metrics import conventions
 from ccl_jax.metrics.scores import IMAGE_METRICS, METRICS, PIXEL_METRICS, pixel_histogram
@@ -59,7 +61,7 @@ def test_metrics_agree_with_the_detectors_own_scores(trained, photos):
         prediction = detector.predict([record.image for record in mine])
         truth = [record.anomalous for record in mine]
         expected = roc_auc_score(truth, prediction.scores)
-        assert results_of(trained)["classes"][f"tiny/{name}"]["image_auroc"] == expected
+        assert results_of(trained)["classes"][name]["image_auroc"] == expected
 
 
 @pytest.mark.parametrize("devices", [1, 4])
@@ -89,7 +91,7 @@ def test_published_conventions_are_reported_beside_the_exact_metrics(trained, ph
             assert "streaming counts" in found["description"]
             # A bin is an eight-thousandth of a score; these maps spread little.
             expected = conventions.pixel_metrics(name, pixels)
-            assert found["classes"][f"tiny/{class_name}"] == pytest.approx(expected, abs=0.01)
+            assert found["classes"][class_name] == pytest.approx(expected, abs=0.01)
     for metric, value in results["published_conventions"]["adeval_50"]["mean"].items():
         rows = results["published_conventions"]["adeval_50"]["classes"].values()
         assert value == pytest.approx(np.mean([row[metric] for row in rows]))
@@ -126,6 +128,49 @@ def test_one_single_test_image_is_evaluated(trained, tmp_path):
     assert results["classes"]["tiny/felt"]["n_anomalous"] == 1
     assert results["reasons"]["tiny/bolt"]["image_auroc"] == "no test images"
     assert results["reasons"]["tiny/felt"]["image_auroc"] == "no normal test images"
+
+
+def test_parts_with_several_views_are_judged_as_one(trained, tmp_path):
+    root = mini.real_iad(tmp_path / "iad")
+    changes = {"data.root": str(root), "data.layout": "real_iad", "data.name": "iad"}
+    results = evaluate_on(root, trained, tmp_path, **changes)
+    split = read_split(root, layout="real_iad", dataset="iad")
+    detector = load_detector(trained)
+    for label, name in enumerate(split.class_names):
+        mine = [record for record in split.test if record.label == label]
+        scores = detector.predict([record.image for record in mine]).scores
+        of_part = {
+            bad: max(s for s, r in zip(scores, mine, strict=True) if r.sample.startswith(bad))
+            for bad in ("NG", "OK")
+        }
+        expected = 1.0 if of_part["NG"] > of_part["OK"] else 0.0
+        row = results["classes"][name]
+        assert (row["n_normal"], row["n_anomalous"]) == (6, 4)
+        assert row["sample_auroc"] == expected
+    assert results["mean_over"]["sample_auroc"] == 2
+
+
+def test_a_joint_set_is_judged_class_by_class_and_data_set_by_data_set(trained, tmp_path):
+    photos = write_photos(tmp_path / "photos", classes=("toy",))
+    config = configs.read_config_file(ROOT / "configs/joint.py")
+    config.update(make_tiny_config(photos))
+    config.data.layout = "joint"
+    config.data.name = ""
+    config.data.root = ""
+    del config.unlock().data.parts["visa"], config.data.parts["btad"]
+    config.data.parts.mvtec.root = str(photos)
+    config.data.parts.real_iad.root = str(mini.real_iad(tmp_path / "iad"))
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir, ignore=shutil.ignore_patterns("evaluation"))
+    assert jobs.evaluate_job(config, workdir) == 0
+    results = results_of(workdir)
+    assert results["dataset"] == "mvtec + real_iad"
+    assert list(results["classes"]) == ["mvtec/toy", "real_iad/audiojack", "real_iad/toy"]
+    assert "sample_auroc" not in results["classes"]["mvtec/toy"]
+    assert results["mean_over"]["sample_auroc"] == 2
+    for name in results["classes"]:
+        assert (workdir / f"evaluation/4/figures/{name}.png").exists()
+    assert "| real_iad/toy " in (workdir / "evaluation/4/results.md").read_text()
 
 
 def test_no_test_images_at_all_still_gives_a_result(trained, tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import miniatures as mini
 import pytest
 from conftest import ROOT, write_photos
 
@@ -69,6 +70,37 @@ def test_prepare_counts_the_images(photos, capsys):
     words = ["main", "--config", str(ROOT / "configs/folder.py"), "--job=prepare"]
     assert main([*words, f"--config.data.root={photos}"]) == 0
     assert "bolt: 4 to train on, 2 normal and 2 anomalous to test on" in capsys.readouterr().out
+
+
+def test_prepare_says_where_the_data_come_from_even_before_they_are_there(tmp_path, capsys):
+    words = ["main", "--config", str(ROOT / "configs/visa.py"), "--job=prepare"]
+    words.append(f"--config.data.root={tmp_path / 'VisA'}")
+    assert_fails(capsys, words, "VisA does not exist")
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "licence: CC BY 4.0" in out and "VisA_20220922.tar" in out
+    mini.visa(tmp_path / "VisA")
+    assert main(words) == 0
+    assert "visa/pcb1: 3 to train on, 1 normal and 1 anomalous" in capsys.readouterr().out
+
+
+def test_prepare_describes_every_part_of_a_joint_set_and_what_is_left_aside(tmp_path, capsys):
+    words = ["main", "--config", str(ROOT / "configs/joint.py"), "--job=prepare"]
+    (tmp_path / "visa").mkdir()
+    roots = {
+        "mvtec": mini.mvtec2(tmp_path / "mvtec2"),
+        "visa": mini.visa(tmp_path / "visa"),
+        "btad": mini.btad(tmp_path / "btad"),
+        "real_iad": mini.real_iad(tmp_path / "iad"),
+    }
+    words += [f"--config.data.parts.{name}.root={root}" for name, root in roots.items()]
+    words.append("--config.data.parts.mvtec.layout=mvtec2")
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    for text in ("mvtec: MVTec AD 2,", "visa: VisA,", "btad: BTAD", "real_iad: Real-IAD,"):
+        assert text in out
+    assert "mvtec: 4 validation images are set aside" in out
+    assert "9 classes" in out and "real_iad/toy: 10 to train on" in out
 
 
 def test_help_says_what_the_jobs_do(capsys):
@@ -239,10 +271,68 @@ def test_a_bad_file_met_later_loses_no_step(tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(RunLog, "advance", spoil)
         words = tiny(photos, tmp_path / "run", **{"train.steps": 40, "run.threads": 1})
+        words += ["--config.data.cache_gib=0"]  # an image that is in memory is not read again
         words += ["--config.train.checkpoint_every=1000", "--config.eval.every_steps=0"]
         assert_fails(capsys, words, "cannot be read as an image")
     with Checkpoints(tmp_path / "run/checkpoints") as checkpoints:
         assert checkpoints.latest is not None and checkpoints.latest >= 1
+
+
+def test_bad_training_files_are_skipped_when_asked_for_and_named_at_once_and_at_the_end(
+    tmp_path, capsys
+):
+    photos = write_photos(tmp_path / "photos")
+    bad = photos / "felt/train/good/002.png"
+    words = tiny(photos, tmp_path / "run", **{"eval.every_steps": 0})
+    bad.write_bytes(b"")
+    message = assert_fails(capsys, words, bad, "cannot be read as an image")
+    assert "--config.data.bad_files=skip" in message
+    assert main([*words, "--config.data.bad_files=skip"]) == 0
+    out, err = capsys.readouterr()
+    assert err.count(f"{bad} cannot be read as an image") == 1
+    end = out[out.index("1 training images could not be read") :]
+    assert f"{bad} cannot be read as an image" in end and "**mean**" in end
+    log = (tmp_path / "run/log/metrics.jsonl").read_text()
+    notes = [line for line in map(json.loads, log.splitlines()) if "note" in line]
+    assert [line["note"].split(" cannot")[0] for line in notes] == [str(bad)]
+
+
+def test_a_run_that_a_bad_file_stopped_goes_on_when_it_may_be_skipped(trained, tmp_path, capsys):
+    photos, workdir = write_photos(tmp_path / "photos"), tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    for bad in photos.glob("bolt/train/good/00[012].png"):
+        bad.write_bytes(b"")
+    words = tiny(photos, workdir, **{"data.bad_files": "skip", "data.cache_gib": 0})
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["data"]["bad_files"] == "stop"
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "data.bad_files: 'stop' -> 'skip'" in out and "continuing at step 4" in out
+
+
+def test_skipped_files_are_remembered_over_starts_and_stand_in_the_results(tmp_path, capsys):
+    photos, workdir = write_photos(tmp_path / "photos"), tmp_path / "run"
+    bad = photos / "felt/train/good/002.png"
+    whole = bad.read_bytes()
+    words = tiny(photos, workdir, **{"data.bad_files": "skip", "eval.every_steps": 0})
+    words.append("--config.train.steps=2")
+
+    def skipped():
+        results = json.loads((workdir / "evaluation/2/results.json").read_text())
+        return results["provenance"]["skipped_training_images"]
+
+    bad.write_bytes(b"")
+    assert main(words) == 0
+    assert [reason.partition(" cannot be read")[0] for reason in skipped()] == [str(bad)]
+    bad.write_bytes(whole)
+    capsys.readouterr()
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "continuing at step 2" in out and "1 training images could not be read" in out
+    assert len(skipped()) == 1
+    shutil.rmtree(workdir / "checkpoints")  # nothing is left of the training that it stood in
+    assert main(words) == 0
+    assert skipped() == []
 
 
 def test_a_damaged_config_of_a_workdir_is_named(trained, tmp_path, capsys):
@@ -279,7 +369,7 @@ def test_a_checkpoint_that_does_not_fit_the_model_is_refused(trained, photos, tm
 
 
 def test_an_error_that_is_not_ours_keeps_its_traceback(photos, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("ccl_jax.jobs.check_records", lambda *_: json.loads("{"))
+    monkeypatch.setattr("ccl_jax.datasets.check_records", lambda *_: json.loads("{"))
     assert main(tiny(photos, tmp_path / "run")) == 1
     assert "Traceback" in capsys.readouterr().err
 

@@ -1,74 +1,28 @@
 """Batches: a function of seed and number, whatever reads them; every test image once."""
 
 import dataclasses
-import io
-import itertools
 import threading
 import time
 
 import numpy as np
 import pytest
 from absl import flags
-from PIL import Image
+from numbered import (
+    RECORDS,
+    SIZE,
+    assert_same,
+    encoded,
+    evaluate,
+    make_record,
+    numbers,
+    take,
+    train,
+)
 
-from ccl_jax.data.pipeline import evaluation_batches, steps_per_epoch, train_batches
-from ccl_jax.data.records import Record, read_image, read_mask
+from ccl_jax.data.pipeline import steps_per_epoch
+from ccl_jax.data.records import read_image, read_mask
 
-SIZE = 8
-
-
-def encoded(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def make_record(number, label=0):
-    """A record whose picture is `number` everywhere; every third one is a defect with a mask."""
-    mask = np.zeros((10, 12), np.uint8)
-    mask[:5] = 1
-    anomalous = number % 3 == 0
-    return Record(
-        image=encoded(np.full((10, 12, 3), number, np.uint8)),
-        mask=encoded(mask) if anomalous else None,
-        dataset="made",
-        class_name=f"class{label}",
-        label=label,
-        anomalous=anomalous,
-        key=f"made/{number}",
-    )
-
-
-RECORDS = [make_record(number, label=number % 3) for number in range(11)]
 LOPSIDED = [make_record(number, label=int(number >= 38)) for number in range(40)]
-
-
-def train(records=RECORDS, **changes):
-    settings = {"image_size": SIZE, "batch_size": 4, "seed": 7, "shuffle": "plain"}
-    return train_batches(records, **{**settings, "threads": 2, "workers": 0, **changes})
-
-
-def evaluate(records=RECORDS, **changes):
-    settings = {"image_size": SIZE, "batch_size": 4, "threads": 2, "workers": 0}
-    return evaluation_batches(records, **{**settings, **changes})
-
-
-def take(batches, number):
-    with batches:
-        return list(itertools.islice(batches, number))
-
-
-def numbers(batches):
-    """The record numbers in the pictures, one row a batch."""
-    return np.stack([batch["image"][:, 0, 0, 0] for batch in batches])
-
-
-def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for mine, other in zip(ours, theirs, strict=True):
-        assert mine.keys() == other.keys()
-        for name in mine:
-            np.testing.assert_array_equal(mine[name], other[name], err_msg=name)
 
 
 def test_a_training_batch_holds_resized_images_and_labels():
@@ -112,21 +66,6 @@ def test_starting_late_does_not_replay():
     began = time.perf_counter()
     take(train(start=10**9), 1)
     assert time.perf_counter() - began < 5
-
-
-@pytest.mark.parametrize("shuffle", ["plain", "class_balanced"])
-def test_processes_share_the_rows_of_one_global_batch(shuffle):
-    whole = take(train(shuffle=shuffle, batch_size=6), 5)
-    for count in (2, 3):
-        shares = [
-            take(train(shuffle=shuffle, batch_size=6, process_index=i, process_count=count), 5)
-            for i in range(count)
-        ]
-        joined = [
-            {name: np.concatenate([share[name] for share in parts]) for name in parts[0]}
-            for parts in zip(*shares, strict=True)
-        ]
-        assert_same(joined, whole)
 
 
 def test_class_balanced_gives_every_class_an_equal_share():
@@ -199,16 +138,6 @@ def test_an_evaluation_batch_says_what_its_records_say():
         assert batch["label"][row] == record.label
         assert batch["anomalous"][row] == record.anomalous
     assert batch["mask"].any((1, 2)).tolist() == batch["anomalous"].tolist()
-
-
-@pytest.mark.parametrize("count", [2, 4])
-def test_all_processes_evaluate_as_many_batches_and_each_record_once(count):
-    shares = [take(evaluate(process_index=i, process_count=count), None) for i in range(count)]
-    assert [len(share) for share in shares] == [3] * count
-    indices = np.concatenate([b["index"][b["real"]] for share in shares for b in share])
-    np.testing.assert_array_equal(np.sort(indices), np.arange(11))
-    first = np.concatenate([share[0]["index"] for share in shares])
-    np.testing.assert_array_equal(first, np.arange(4))
 
 
 def test_evaluation_of_nothing_has_no_batches():

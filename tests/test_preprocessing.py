@@ -66,7 +66,7 @@ def test_resizing_equals_pillows_fixed_point_arithmetic(shape, size):
 
 def test_the_clean_image_ends_with_imagenets_mean_and_deviation():
     """Level 124 of red is 0.4863 and 0.0055 deviations above the mean; 0 is 2.118 below."""
-    image = read_image(png([[[124, 116, 104]]]), 2)
+    image = read_image(png([[[124, 116, 104]] * 2] * 2), 2)
     clean = np.asarray(normalize(to_unit(jnp.asarray(image[None]))))
     assert clean.shape == (1, 2, 2, 3) and clean.dtype == np.float32
     want = [(124 / 255 - 0.485) / 0.229, (116 / 255 - 0.456) / 0.224, (104 / 255 - 0.406) / 0.225]

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccl_jax.data.records import Record, as_rgb, check_records, read_image, read_mask
+from ccl_jax.data import limits
+from ccl_jax.data.records import (
+    Record,
+    as_rgb,
+    check_files,
+    check_records,
+    read_image,
+    read_mask,
+)
 
 RED, BLUE = (200, 10, 30), (20, 40, 220)
 
@@ -23,8 +31,9 @@ def encoded(image, format="PNG", **options):
 
 
 def two_pixels(left, right, mode):
-    image = Image.new(mode, (2, 1), left)
-    image.putpixel((1, 0), right)
+    """Two columns of two pixels; a single row would be refused."""
+    image = Image.new(mode, (2, 2), left)
+    image.paste(right, (1, 0, 2, 2))
     return image
 
 
@@ -35,7 +44,21 @@ def palette_image():
 
 
 def sixteen_bit(*values, dtype=np.uint16):
-    return Image.fromarray(np.array([values], dtype))
+    return Image.fromarray(np.array([values] * 2, dtype))
+
+
+def png(width, height, rows, *, bits=8, colour=0, extra=()):
+    """A PNG put together chunk by chunk, whatever its header claims."""
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colour, 0, 0, 0)),
+        *extra,
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+    )
 
 
 def record(image, **changes):
@@ -81,21 +104,13 @@ def noise(height, width, seed=0):
     ],
 )
 def test_every_pixel_format_becomes_rgb_as_documented(data, left, right):
-    np.testing.assert_array_equal(read_image(data, None), np.array([[left, right]], np.uint8))
+    np.testing.assert_array_equal(read_image(data, None), np.array([[left, right]] * 2, np.uint8))
 
 
 def png_of_sixteen_bits(values):
-    """A grey [w] or colour [w, 3] PNG of one row; Pillow writes no 16-bit colour."""
+    """A grey [w] or colour [w, 3] PNG of two equal rows; Pillow writes no 16-bit colour."""
     width, colour = len(values), 2 if values.ndim == 2 else 0
-    chunks = {
-        b"IHDR": struct.pack(">IIBBBBB", width, 1, 16, colour, 0, 0, 0),
-        b"IDAT": zlib.compress(b"\0" + values.astype(">u2").tobytes()),
-        b"IEND": b"",
-    }
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-        for name, data in chunks.items()
-    )
+    return png(width, 2, (b"\0" + values.astype(">u2").tobytes()) * 2, bits=16, colour=colour)
 
 
 def test_sixteen_bit_grey_and_colour_agree():
@@ -116,8 +131,8 @@ def test_jpeg_of_every_mode_is_read(tmp_path, mode):
     ("image", "reason"),
     [
         (Image.new("F", (4, 4)), "floating-point"),
-        (sixteen_bit(65536, dtype=np.int32), "outside 0..65535"),
-        (sixteen_bit(-1, dtype=np.int32), "outside 0..65535"),
+        (sixteen_bit(0, 65536, dtype=np.int32), "outside 0..65535"),
+        (sixteen_bit(0, -1, dtype=np.int32), "outside 0..65535"),
     ],
     ids=["float", "too large", "negative"],
 )
@@ -213,15 +228,123 @@ def test_damaged_bytes_are_named_by_the_records_key():
         read_image(b"nothing", 8)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-@pytest.mark.parametrize("side", [12, 30], ids=["Pillow warns", "Pillow raises"])
-def test_a_picture_beyond_pillows_limit_is_a_clear_error(tmp_path, monkeypatch, side):
-    Image.new("L", (side, side)).save(tmp_path / "huge.png")
+@pytest.mark.parametrize("theirs", [100, None], ids=["lowered", "switched off"])
+def test_pillows_limit_is_neither_asked_nor_changed(tmp_path, monkeypatch, theirs):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", theirs)
+    for kind in ("png", "tiff", "webp", "jpg", "bmp"):
+        Image.new("L", (30, 30)).save(tmp_path / f"large.{kind}")
+        assert read_image(tmp_path / f"large.{kind}", 8).shape == (8, 8, 3)
+        strip = record(tmp_path / f"large.{kind}", crop=(0, 0, 25, 25))
+        assert read_mask(dataclasses.replace(strip, mask=strip.image), None).shape == (25, 25)
+    with pytest.raises(ValueError, match="10000000000 pixels"):
+        read_image(png(100_000, 100_000, b""), 8)
+    assert theirs == Image.MAX_IMAGE_PIXELS
+
+
+def test_pillows_limit_is_given_back_when_the_last_thread_is_done(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(ValueError, match=r"huge\.png cannot be read .* pixels"):
-        read_image(tmp_path / "huge.png", 8)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)
-    assert read_image(tmp_path / "huge.png", 8).shape == (8, 8, 3)
+    with limits.our_limit:
+        with limits.our_limit:
+            pass
+        assert Image.MAX_IMAGE_PIXELS == limits.MAX_PIXELS // 2
+    assert Image.MAX_IMAGE_PIXELS == 100
+    with limits.our_limit:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)  # by other code, in another thread
+        with limits.our_limit:
+            assert Image.MAX_IMAGE_PIXELS == limits.MAX_PIXELS // 2
+    assert Image.MAX_IMAGE_PIXELS == 200
+
+
+def tiff(width, height, extra=()):
+    """A grey TIFF without pixels, whatever its header claims."""
+    tags = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 1, 279: 8}
+    entries = sorted((tags | dict(extra)).items())
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries)
+    return b"II*\0" + struct.pack("<IH", 8, len(entries)) + fields + bytes(4)
+
+
+def bitmap(width, height):
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54, 0, 0, 54) + header
+
+
+def gif(width, height, frame):
+    """A GIF whose first frame claims to be larger than the picture."""
+    screen = b"GIF89a" + struct.pack("<HH", width, height) + b"\x80\0\0" + bytes(6)
+    dispose = b"\x21\xf9\x04\x08\0\0\0\0"
+    return screen + dispose + b"," + struct.pack("<4HB", 0, 0, *frame, 0) + b"\2\2\x44\1\0;"
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (png(100_000, 100_000, b""), r"\(10000000000 pixels\) exceeds limit of 268435456"),
+        (tiff(100_000, 100_000), r"\(10000000000 pixels\) exceeds limit of 268435456"),
+        (bitmap(100_000, 100_000), r"\(10000000000 pixels\) exceeds limit of 268435456"),
+        (png(20_000, 13_500, bytes(300)), r"\(270000000 pixels\) exceeds limit of 268435456"),
+        (tiff(64, 64, {322: 40_000, 323: 40_000, 324: 8, 325: 16}.items()), "in each tile"),
+        (gif(2, 2, (65_535, 65_535)), r"\(4294836225 pixels\) exceeds limit of 268435456"),
+        (png(1, 50, bytes(100)), "1x50 pixels are a line"),
+        (png(50, 1, bytes(51)), "50x1 pixels are a line"),
+        (png(2000, 4, bytes(8004)), "2000x4 pixels, one side is more than 256 times"),
+        (png(4, 2000, bytes(10_000)), "4x2000 pixels, one side is more than 256 times"),
+        (png(0, 50, b""), "a side of 0 pixels"),
+        (png(50, 0, b""), "a side of 0 pixels"),
+    ],
+    ids=[
+        "PNG",
+        "TIFF",
+        "BMP",
+        "just beyond",
+        "TIFF tile",
+        "GIF frame",
+        "column",
+        "row",
+        "wide",
+        "high",
+        "no width",
+        "no height",
+    ],
+)
+@pytest.mark.parametrize("kind", ["image", "mask"])
+def test_an_absurd_size_is_refused_from_the_header_by_name(tmp_path, kind, data, reason):
+    file, photo = tmp_path / "absurd.png", tmp_path / "photo.png"
+    file.write_bytes(data)
+    Image.new("L", (50, 50)).save(photo)
+    both = record(file) if kind == "image" else record(photo, mask=file)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for read in (read_image if kind == "image" else read_mask, lambda *_: check_files([both])):
+            with pytest.raises(ValueError, match=rf"absurd\.png .*cannot be read .*{reason}"):
+                read(both, 8)
+    assert not caught
+
+
+def test_the_largest_pictures_that_pass_are_named_in_the_limits():
+    assert 20_000 * 10_000 <= limits.MAX_PIXELS == 16_384**2
+    check_files([record(png(20_000, 10_000, b"")), record(png(16_384, 16_384, b""))])
+    check_files([record(png(512, 2, b"")), record(png(2, 512, b"")), record(png(2, 2, b""))])
+
+
+@pytest.mark.slow
+def test_a_line_scan_picture_of_20000_by_10000_pixels_is_read(tmp_path):
+    """Twice what Pillow would accept; it takes a gigabyte."""
+    for kind in ("png", "tiff"):
+        Image.new("L", (20_000, 10_000), 9).save(tmp_path / f"scan.{kind}")
+        assert (read_image(tmp_path / f"scan.{kind}", 8) == 9).all()
+
+
+BOMB = zlib.compress(bytes(2**21))
+
+
+@pytest.mark.parametrize(
+    "chunk",
+    [(b"zTXt", b"a\0\0" + BOMB), (b"iTXt", b"a\0\1\0\0\0" + BOMB), (b"iCCP", b"a\0\0" + BOMB)],
+    ids=["text", "international text", "colour profile"],
+)
+def test_a_chunk_beside_the_pixels_that_expands_enormously_is_refused_by_name(chunk):
+    with pytest.raises(ValueError, match=r"mine/nut/1\.png cannot be read .* too large"):
+        read_image(record(png(4, 4, bytes(20), extra=[chunk])), 8)
 
 
 def test_files_are_closed_after_reading_and_after_failing(tmp_path):
@@ -253,17 +376,17 @@ def test_files_are_closed_after_reading_and_after_failing(tmp_path):
     ids=["one", "255", "bit", "LA", "RGBA", "RGB", "16-bit", "32-bit", "float"],
 )
 def test_every_grey_value_but_zero_is_defect(mask):
-    image = encoded(Image.new("RGB", (2, 1)))
+    image = encoded(Image.new("RGB", (2, 2)))
     found = read_mask(record(image, mask=encoded(mask, "TIFF")), None)
-    np.testing.assert_array_equal(found, np.array([[0, 1]], np.uint8))
+    np.testing.assert_array_equal(found, np.array([[0, 1]] * 2, np.uint8))
 
 
 def test_a_palette_mask_counts_by_its_colours():
     mask = two_pixels(0, 1, "P")
     mask.putpalette([0, 0, 0, 128, 0, 0])
     data = encoded(mask, transparency=b"\0\xff")
-    found = read_mask(record(encoded(Image.new("RGB", (2, 1))), mask=data), None)
-    np.testing.assert_array_equal(found, [[0, 1]])
+    found = read_mask(record(encoded(Image.new("RGB", (2, 2))), mask=data), None)
+    np.testing.assert_array_equal(found, [[0, 1]] * 2)
 
 
 def test_a_mask_is_resized_by_pillow_and_cut_at_one_half():

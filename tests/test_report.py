@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccl_jax import report
+from ccl_jax import figures, report
 from ccl_jax.metrics.scores import IMAGE_METRICS, METRICS, PIXEL_METRICS
 
 
@@ -47,7 +47,7 @@ def a_panel(size=32, anomalous=True, mask="defect", level=0.1):
     if mask == "defect":
         where[:9, 10:20] = 1
     score_map = np.full((size, size), level, np.float32) + 0.2 * where
-    return report.Panel(
+    return figures.Panel(
         image=picture,
         score_map=score_map,
         mask=None if mask is None else where,
@@ -137,6 +137,28 @@ def test_table_has_a_row_per_class_a_bold_mean_and_footnotes():
     ]
 
 
+def test_results_of_parts_stand_beside_those_of_images_where_there_are_any():
+    parts = {
+        "iad/nut": a_class(0.8) | {"sample_auroc": 0.9},
+        "iad/toy": a_class(0.8) | {"sample_auroc": None},
+        "set/wood": a_class(0.8),
+    }
+    with pytest.raises(ValueError, match="sample_auroc of class iad/toy is null without a reason"):
+        summary(parts)
+    with pytest.raises(ValueError, match=r"sample_auroc of class iad/nut is 1\.2"):
+        summary({"iad/nut": a_class(0.8) | {"sample_auroc": 1.2}})
+    results = summary(parts, {"iad/toy": {"sample_auroc": "no part without an anomalous view"}})
+    assert "sample_auroc" not in results["classes"]["set/wood"]
+    assert (results["mean"]["sample_auroc"], results["mean_over"]["sample_auroc"]) == (0.9, 1)
+    table, *notes = report.markdown_table(results).split("\n\n")
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")][-1] for line in table.split("\n")
+    ]
+    assert cells[0] == "S-AUROC" and cells[2:] == ["0.900", "-¹", "", "**0.900²**"]
+    assert notes[0] == "¹ no part without an anomalous view" and "S: per part" in notes[-1]
+    assert "S-AUROC" not in report.markdown_table(summary())
+
+
 def test_table_keeps_the_dataset_where_there_are_several_and_escapes_bars():
     table = report.markdown_table(summary({"a/nut": a_class(0.5), "b/n|ut": a_class(0.5)}))
     assert "| a/nut " in table and "| b/n\\|ut " in table
@@ -163,7 +185,7 @@ def test_results_that_json_cannot_hold_leave_the_old_ones_alone(tmp_path):
 
 def test_page_links_every_sheet_and_loads_nothing_from_elsewhere(tmp_path):
     classes = {"set/metal nut #1": a_class(0.9), "set/wood": a_class(0.8)}
-    report.class_sheet(report.sheet_path(tmp_path, "set/metal nut #1"), "nut", [a_panel()])
+    figures.class_sheet(report.sheet_path(tmp_path, "set/metal nut #1"), "nut", [a_panel()])
     report.write_results(tmp_path, summary(classes))
     page = Page((tmp_path / "report.html").read_text())
     assert page.links and all((tmp_path / unquote(link)).is_file() for link in page.links)
@@ -226,7 +248,7 @@ def test_sheet_grows_with_its_panels_and_survives_every_kind(tmp_path):
     sizes = []
     for number in (1, 4):
         path = tmp_path / "figures" / f"{number}.png"
-        report.class_sheet(path, "nut $1_2 を <b>", panels[:number])
+        figures.class_sheet(path, "nut $1_2 を <b>", panels[:number])
         with Image.open(path) as sheet:
             sizes.append(sheet.size)
     assert sizes[0][1] == sizes[1][1] and sizes[1][0] > 2 * sizes[0][0]
@@ -236,7 +258,7 @@ def test_sheet_grows_with_its_panels_and_survives_every_kind(tmp_path):
 def test_sheet_outlines_only_masked_defects(tmp_path):
     outlined = []
     for mask in ("defect", None):
-        report.class_sheet(tmp_path / "sheet.png", "nut", [a_panel(mask=mask)])
+        figures.class_sheet(tmp_path / "sheet.png", "nut", [a_panel(mask=mask)])
         with Image.open(tmp_path / "sheet.png") as sheet:
             pixels = np.asarray(sheet.convert("RGB")).astype(int)
         outlined.append((np.abs(pixels - [255, 43, 214]).max(-1) < 12).sum())
@@ -245,29 +267,29 @@ def test_sheet_outlines_only_masked_defects(tmp_path):
 
 def test_sheet_of_constant_maps_and_long_captions_is_drawn(tmp_path):
     panel = a_panel(mask="empty", anomalous=False)
-    long = report.Panel(panel.image, panel.score_map, None, True, 0.1, "x" * 200)
-    report.class_sheet(tmp_path / "sheet.png", "flat", [panel, long])
+    long = figures.Panel(panel.image, panel.score_map, None, True, 0.1, "x" * 200)
+    figures.class_sheet(tmp_path / "sheet.png", "flat", [panel, long])
     assert (tmp_path / "sheet.png").stat().st_size > 1000
 
 
 def test_sheet_without_panels_raises(tmp_path):
     with pytest.raises(ValueError, match="no test image"):
-        report.class_sheet(tmp_path / "sheet.png", "nut", [])
+        figures.class_sheet(tmp_path / "sheet.png", "nut", [])
 
 
 def test_overlay_runs_from_blue_to_red_and_clips():
     image = np.full((1, 4, 3), 128, np.uint8)
     scores = np.array([[-5.0, 0.2, 0.8, 9.0]])
-    low, at_low, at_high, high = report.overlay(image, scores, 0.2, 0.8)[0].astype(int)
+    low, at_low, at_high, high = figures.overlay(image, scores, 0.2, 0.8)[0].astype(int)
     assert (low == at_low).all() and (high == at_high).all()
     assert low[2] > low[0] and high[0] > high[2] + 50
 
 
 def test_overlay_of_a_constant_map_is_finite_and_of_another_size_raises():
     image = np.zeros((4, 4, 3), np.uint8)
-    assert report.overlay(image, np.full((4, 4), 0.5), 0.5, 0.5).dtype == np.uint8
+    assert figures.overlay(image, np.full((4, 4), 0.5), 0.5, 0.5).dtype == np.uint8
     with pytest.raises(ValueError, match="cannot be laid over"):
-        report.overlay(image, np.zeros((5, 4)), 0.0, 1.0)
+        figures.overlay(image, np.zeros((5, 4)), 0.0, 1.0)
 
 
 def test_metric_names_are_the_seven_of_the_design():

@@ -171,3 +171,21 @@ def test_throughput_of_one_step_is_unknown():
     assert meter.figures() == {}
     meter.step()
     assert meter.figures() == {}
+
+
+def test_a_note_is_shown_and_logged_at_once_by_its_step(tmp_path, capsys):
+    with open_log(tmp_path, progress=True) as log:
+        log.advance(3)
+        log.note("a.png cannot be read")
+        assert [(line["step"], line["note"]) for line in lines_of(tmp_path)] == [
+            (3, "a.png cannot be read")
+        ]
+    assert "a.png cannot be read\n" in capsys.readouterr().err
+
+
+def test_notes_of_other_processes_are_shown_and_not_logged(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    with open_log(tmp_path / "log") as log:
+        log.note("b.png cannot be read")
+    assert not (tmp_path / "log").exists()
+    assert capsys.readouterr().err == "b.png cannot be read\n"

@@ -179,6 +179,16 @@ def test_empty_and_full_masks_have_no_and_one_region():
     assert regions == 1 and weights.sum() == pytest.approx(1)
 
 
+def test_a_part_is_as_anomalous_as_its_highest_view():
+    scores = np.array([0.1, 0.9, 0.8, 0.2, 0.3, 0.5])
+    anomalous = np.array([False, True, False, False, False, True])
+    samples = ["a", "a", "b", "b", "c", "d"]  # highest 0.9, 0.8, 0.3, 0.5; a and d are defective
+    assert measures.sample_auroc(scores, anomalous, samples) == 0.75
+    assert measures.auroc(scores, anomalous) == 0.875
+    assert measures.sample_auroc(scores[:2], anomalous[:2], samples[:2]) is None
+    assert measures.sample_auroc(scores, anomalous, list("abcdef")) == 0.875
+
+
 def test_nan_scores_raise_and_name_the_class():
     scores = np.array([0.1, np.nan, 0.3])
     anomalous = np.array([True, False, False])

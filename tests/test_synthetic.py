@@ -44,7 +44,7 @@ def test_there_are_ten_classes_with_at_least_four_kinds_of_defect_each():
 
 def test_benchmark_reads_as_mvtec_layout_with_a_mask_for_every_defect(benchmark):
     split = layouts.read_mvtec(benchmark)
-    assert tuple(split.class_names) == synthetic.class_names()
+    assert split.class_names == [f"made/{name}" for name in synthetic.class_names()]
     assert len(split.train) == 2 * 10
     anomalous = [record for record in split.test if record.anomalous]
     assert len(anomalous) == len(EVERY_DEFECT)

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import grain
 import numpy as np
 from absl import flags
 
-from ccl_jax.data.records import Record, read_image, read_mask
+from ccl_jax.data.pictures import DecodedCache, Pictures, TrainingImages
+from ccl_jax.data.records import Record
 
 Batch = dict[str, np.ndarray]
+Unreadable = dict[int, str]  # index of a record: why its file cannot be read
 
 
 class Batches(Iterator[Batch], AbstractContextManager):
     """An iterator over batches; close it, or use it in a `with`, to end its threads and processes.
 
-    A file that cannot be read raises its `ValueError` from `next`.
+    A file that cannot be read raises its `ValueError` from `next`, unless it is to be skipped: then
+    it is in `unreadable` from the batch on that it is missing from, and `report` was called once.
     """
 
-    def __init__(self, dataset: grain.MapDataset, *, threads: int, workers: int) -> None:
+    def __init__(
+        self,
+        dataset: grain.MapDataset,
+        *,
+        threads: int,
+        workers: int,
+        report: Callable[[str], object] = print,
+    ) -> None:
         # A thread reads a whole batch; a buffer of as many batches keeps every thread busy.
         reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
         batches = dataset.to_iter_dataset(reading)
@@ -31,11 +41,17 @@ class Batches(Iterator[Batch], AbstractContextManager):
             batches = batches.mp_prefetch(
                 grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=1)
             )
+        self.unreadable: Unreadable = {}
+        self._report = report
         self._iterator = iter(batches)
         self._shared = workers > 0
 
     def __next__(self) -> Batch:
-        batch = next(self._iterator)
+        batch, unreadable = next(self._iterator)
+        for index, reason in unreadable.items():
+            if index not in self.unreadable:
+                self.unreadable[index] = reason
+                self._report(reason)
         # Workers hand over shared memory; a copy lets it go at once, not when the program ends.
         return {name: np.array(array) for name, array in batch.items()} if self._shared else batch
 
@@ -61,6 +77,9 @@ def train_batches(
     workers: int,
     process_index: int = 0,
     process_count: int = 1,
+    cache: DecodedCache | None = None,
+    bad_files: str = "stop",
+    report: Callable[[str], object] = print,
 ) -> Batches:
     """Endless batches `image` uint8 [b, h, w, 3] and `label` int32 [b], from batch `start` on.
 
@@ -69,17 +88,29 @@ def train_batches(
     batches run across its end; "class_balanced" draws a class, then one of its images, each
     equally likely.
 
+    Images that `cache` has room for are decoded once, by threads of this process: Pillow lets them
+    run side by side, and `workers` would each fill a memory of its own. With `bad_files` "skip"
+    another image of its class stands in for one that cannot be read (`TrainingImages`), and
+    `report` is told, once per file.
+
     Raises:
         ValueError: More images in a batch than there are, a batch that the processes cannot
-            divide, or an unknown `shuffle`.
+            divide, or an unknown `shuffle` or `bad_files`.
     """
     steps_per_epoch(len(records), batch_size)  # refuses a batch larger than the data
     rows = _rows(batch_size, process_index, process_count, setting="config.train.batch_size")
     order = _training_order([record.label for record in records], seed, shuffle)
-    read = functools.partial(_read_train_batch, list(records), image_size, rows)
+    pictures = _pictures(records, image_size, cache, masks=False)
+    images = TrainingImages(pictures, bad_files)
+    read = functools.partial(_read_train_batch, images, pictures.records, rows)
     # grain's own endless length overflows in batches of one, hence an end.
     batches = order[start * batch_size : 2**62].batch(batch_size)
-    return Batches(batches.map(read), threads=threads, workers=workers)
+    return Batches(
+        batches.map(read),
+        threads=threads,
+        workers=0 if pictures.kept else workers,
+        report=report,
+    )
 
 
 def steps_per_epoch(images: int, batch_size: int) -> int:
@@ -105,20 +136,34 @@ def evaluation_batches(
     workers: int,
     process_index: int = 0,
     process_count: int = 1,
+    cache: DecodedCache | None = None,
 ) -> Batches:
     """Every record once, in order, over all processes; each process gets as many batches.
 
     A batch is `image` uint8 [b, h, w, 3], `label` int32 [b], `mask` uint8 [b, h, w] (0 or 1; 0
     for a record without one), `anomalous` bool [b], `index` int32 [b] into `records`, and `real`
     bool [b]. The last batch is filled up with rows that are zero, `index` -1 and `real` False.
+    An unreadable file always stops it: every test image is to be scored. `cache` keeps what it has
+    room for until the next pass, as in training.
 
     Raises:
         ValueError: The processes cannot divide a batch.
     """
     rows = _rows(batch_size, process_index, process_count, setting="config.eval.batch_size")
-    read = functools.partial(_read_evaluation_batch, list(records), image_size, batch_size, rows)
+    pictures = _pictures(records, image_size, cache, masks=True)
+    read = functools.partial(_read_evaluation_batch, pictures, batch_size, rows)
     number = -(-len(records) // batch_size)
-    return Batches(grain.MapDataset.range(number).map(read), threads=threads, workers=workers)
+    return Batches(
+        grain.MapDataset.range(number).map(read),
+        threads=threads,
+        workers=0 if pictures.kept else workers,
+    )
+
+
+def _pictures(
+    records: Sequence[Record], size: int, cache: DecodedCache | None, *, masks: bool
+) -> Pictures:
+    return Pictures(records, size) if cache is None else cache.pictures(records, size, masks=masks)
 
 
 def _training_order(labels: Sequence[int], seed: int, shuffle: str) -> grain.MapDataset:
@@ -151,21 +196,24 @@ def _rows(batch_size: int, process_index: int, process_count: int, *, setting: s
 
 
 def _read_train_batch(
-    records: list[Record], image_size: int, rows: slice, indices: np.ndarray
-) -> Batch:
-    mine = [records[index] for index in indices[rows]]
-    return {
-        "image": np.stack([read_image(record, image_size) for record in mine]),
-        "label": np.array([record.label for record in mine], np.int32),
-    }
+    images: TrainingImages, records: list[Record], rows: slice, indices: np.ndarray
+) -> tuple[Batch, Unreadable]:
+    unreadable: Unreadable = {}
+    mine = []
+    for index in indices[rows]:
+        image, passed = images.image(int(index))
+        mine.append(image)
+        unreadable |= passed
+    labels = np.array([records[index].label for index in indices[rows]], np.int32)
+    return {"image": np.stack(mine), "label": labels}, unreadable
 
 
 def _read_evaluation_batch(
-    records: list[Record], image_size: int, batch_size: int, rows: slice, number: int
-) -> Batch:
+    pictures: Pictures, batch_size: int, rows: slice, number: int
+) -> tuple[Batch, Unreadable]:
     indices = number * batch_size + np.arange(batch_size, dtype=np.int32)[rows]
-    real = indices < len(records)
-    square = (len(indices), image_size, image_size)
+    real = indices < len(pictures.records)
+    square = (len(indices), pictures.size, pictures.size)
     batch: Batch = {
         "image": np.zeros((*square, 3), np.uint8),
         "label": np.zeros(len(indices), np.int32),
@@ -175,9 +223,9 @@ def _read_evaluation_batch(
         "real": real,
     }
     for row, index in enumerate(indices[real]):
-        record = records[index]
-        batch["image"][row] = read_image(record, image_size)
+        record = pictures.records[index]
+        batch["image"][row] = pictures.image(int(index))
         batch["label"][row] = record.label
-        batch["mask"][row] = read_mask(record, image_size)
+        batch["mask"][row] = pictures.mask(int(index))
         batch["anomalous"][row] = record.anomalous
-    return batch
+    return batch, {}

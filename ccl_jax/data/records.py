@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import abc
+import errno
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +14,36 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 
-Source = Path | str | bytes
+from ccl_jax.data import limits
+
+
+class StoreError(ValueError):
+    """What holds the pictures is broken, not one of them: it stops, whatever is to be skipped."""
+
+
+# Of the machine or its storage, so that every further file would fail alike.
+BROKEN_STORE = {
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOTCONN,
+    errno.ESTALE,
+    errno.ETIMEDOUT,
+}
+
+
+class Stored(abc.ABC):
+    """Encoded bytes that lie within a larger file, such as a shard; light, and can be pickled."""
+
+    __slots__ = ()
+
+    @abc.abstractmethod
+    def read(self) -> bytes:
+        """The bytes, read anew at every call; a StoreError names the file that they lie in."""
+
+
+Source = Path | str | bytes | Stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +54,12 @@ class Record:
     stays the same wherever the data lies.
     """
 
-    image: Path | bytes  # a file, or the encoded bytes of one
+    image: Path | bytes | Stored  # a file, or the encoded bytes of one
     dataset: str
     class_name: str
     label: int
     key: str
-    mask: Path | bytes | None = None
+    mask: Path | bytes | Stored | None = None
     anomalous: bool = False
     defect: str = "good"
     sample: str = ""  # the physical part, where several views show one
@@ -51,16 +82,25 @@ def read_image(source: Record | Source, size: int | None) -> UInt8[np.ndarray, "
     - EXIF orientation is not applied, as in the reference: masks belong to the stored raster.
 
     Raises:
-        ValueError: The file cannot be decoded, or has a pixel format without a 0..255 meaning;
-            the text names it.
+        ValueError: The file cannot be decoded, is larger than `limits` allow, or has a pixel format
+            without a 0..255 meaning; the text names it. A StoreError: no file could be read.
     """
-    crop = source.crop if isinstance(source, Record) else None
-    name, data = _name_and_data(source)
-    image = _cropped(_decode(data, name), crop, name)
+    image = read_stored(source)
     try:
         return as_rgb(image, size)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{_name_and_data(source)[0]}: {error}") from error
+
+
+def read_stored(source: Record | Source) -> Image.Image:
+    """The picture as it is stored, decoded and cropped: in its own mode and size.
+
+    Raises:
+        ValueError: The file cannot be decoded, or is larger than `limits` allow.
+    """
+    name, data = _name_and_data(source)
+    crop = source.crop if isinstance(source, Record) else None
+    return _cropped(_decode(data, name), crop, name)
 
 
 def as_rgb(image: Image.Image, size: int | None) -> UInt8[np.ndarray, "h w 3"]:
@@ -90,7 +130,7 @@ def read_mask(record: Record, size: int | None) -> UInt8[np.ndarray, "h w"]:
     if record.mask is None:
         shape = read_image(record, None).shape[:2] if size is None else (size, size)
         return np.zeros(shape, np.uint8)
-    name = record.key if isinstance(record.mask, bytes) else str(record.mask)
+    name = str(record.mask) if isinstance(record.mask, Path) else record.key
     image_name, image_data = _name_and_data(record)
     mask = _decode(record.mask, f"{name} (mask)")
     image_size = _decode(image_data, image_name, only_size=True).size
@@ -102,6 +142,16 @@ def read_mask(record: Record, size: int | None) -> UInt8[np.ndarray, "h w"]:
     if size is not None:
         binary = binary.resize((size, size), Image.Resampling.BILINEAR)
     return (np.asarray(binary) > 127.5).astype(np.uint8)
+
+
+def picture_size(source: Record | Source) -> tuple[int, int]:
+    """Width and height of the whole picture in pixels, from its header; a crop does not count.
+
+    Raises:
+        ValueError: The header cannot be read; the text names the file.
+    """
+    name, data = _name_and_data(source)
+    return _decode(data, name, only_size=True).size
 
 
 def check_records(train: Sequence[Record], test: Sequence[Record]) -> None:
@@ -146,6 +196,8 @@ def check_files(records: Sequence[Record]) -> None:
     for record in records:
         try:
             _check_headers(record)
+        except StoreError:
+            raise
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -157,7 +209,7 @@ def _check_headers(record: Record) -> None:
     name, data = _name_and_data(record)
     size = _decode(data, name, only_size=True).size
     if record.mask is not None:
-        mask_name = record.key if isinstance(record.mask, bytes) else str(record.mask)
+        mask_name = str(record.mask) if isinstance(record.mask, Path) else record.key
         mask = _decode(record.mask, f"{mask_name} (mask)", only_size=True)
         _check_mask_size(mask_name, mask.size, name, size)
 
@@ -192,22 +244,31 @@ def _check_labels(records: Sequence[Record]) -> None:
 
 def _name_and_data(source: Record | Source) -> tuple[str, Source]:
     data = source.image if isinstance(source, Record) else source
-    if not isinstance(data, bytes):
+    if isinstance(data, Path | str):
         return str(data), data
+    data = data.read() if isinstance(data, Stored) else data
     return (source.key if isinstance(source, Record) else f"<{len(data)} bytes>"), data
 
 
 def _decode(data: Source, name: str, *, only_size: bool = False) -> Image.Image:
-    """The picture with its pixels loaded and its file closed; every failure is one ValueError."""
+    """The picture with its pixels loaded and its file closed; a bad file is one ValueError."""
+    data = data.read() if isinstance(data, Stored) else data
     try:
-        with Image.open(BytesIO(data) if isinstance(data, bytes) else data) as image:
-            limit = Image.MAX_IMAGE_PIXELS
-            if limit is not None and image.width * image.height > limit:
-                raise ValueError(f"{_times(image.size)} is more than {limit} pixels; shrink it")
+        source = BytesIO(data) if isinstance(data, bytes) else data
+        with limits.our_limit, Image.open(source) as image:
+            limits.check_shape(image)
             if not only_size:
                 image.load()
             return image
+    except MemoryError:
+        raise  # which says nothing about the file
     except Exception as error:  # damaged data makes decoders raise nearly anything
+        if isinstance(error, OSError) and error.errno in BROKEN_STORE:
+            raise StoreError(
+                f"{name} cannot be read: {_reason(error)}. That is no fault of the file; see to "
+                "the disk or network that it lies on, or to the limits of this process (ulimit "
+                "-n), and run the same command again."
+            ) from error
         raise ValueError(
             f"{name} cannot be read as an image: {_reason(error)}. Replace the file or take it out "
             "of the data; no image is skipped silently."
@@ -216,7 +277,9 @@ def _decode(data: Source, name: str, *, only_size: bool = False) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return "it is empty, or not in a known image format"
+        return "it is empty, or not in a known image format, or has a side of 0 pixels"
+    if isinstance(error, Image.DecompressionBombError):
+        return str(error).partition(", could")[0].lower()
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
     return str(error) or type(error).__name__
@@ -244,7 +307,8 @@ def _cropped(image: Image.Image, crop: tuple[int, int, int, int] | None, name: s
             f"{name} is {_times(image.size)} pixels, so the crop {crop} "
             "(left, top, right, bottom) is empty or outside; give the record a crop inside."
         )
-    return image.crop(crop)
+    with limits.our_limit:
+        return image.crop(crop)
 
 
 def _times(size: tuple[int, int]) -> str:

@@ -7,6 +7,7 @@ AUPRO and pixel F1 use every threshold instead of a hundred or twenty.
 """
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from sklearn.exceptions import ConvergenceWarning
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro")
 METRICS = IMAGE_METRICS + PIXEL_METRICS
+SAMPLE_METRIC = "sample_auroc"  # only of classes whose parts are shown in several views
 
 _EIGHT_NEIGHBOURS = np.ones((3, 3), int)
 
@@ -179,6 +181,20 @@ def image_metrics(
     return dict(zip(IMAGE_METRICS, values, strict=True))
 
 
+def sample_auroc(
+    scores: Num[np.ndarray, "n"], anomalous: Bool[np.ndarray, "n"], samples: Sequence[str]
+) -> float | None:
+    """AUROC of physical parts: one is as anomalous as its highest view, and defective if any is.
+
+    `samples` name the part that each image shows.
+    """
+    names, which = np.unique(np.array(samples, str), return_inverse=True)
+    highest = np.full(len(names), -np.inf)
+    np.maximum.at(highest, which, scores)
+    defective = np.bincount(which, anomalous, len(names)) > 0
+    return auroc(highest, defective)
+
+
 def pixel_metrics(
     normal: Num[np.ndarray, "bins"],
     anomalous: Num[np.ndarray, "bins"],
@@ -209,6 +225,7 @@ def why_null(
         if has_masks:
             pixel = "the masks mark no pixel, or all of them, at this image size"
     reasons = dict.fromkeys(IMAGE_METRICS, image) | dict.fromkeys(PIXEL_METRICS, pixel)
+    reasons[SAMPLE_METRIC] = image if not n_anomalous else "no part without an anomalous view"
     return {name: reasons[name] for name, value in values.items() if value is None}
 
 
