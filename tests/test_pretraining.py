@@ -312,7 +312,8 @@ def test_every_scale_has_length_one_on_the_middle_grid():
 def test_probe_finds_squares_that_random_weights_see(photos, capsys):
     assert probe.main(["--weights", "random", "--data", str(photos), "--size", "64"]) == 0
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
-    assert [row[0] for row in rows] == ["| bolt", "| felt", "| mean"]
+    names = [f"| {photos.name}/bolt", f"| {photos.name}/felt", "| mean"]
+    assert [row[0] for row in rows] == names
     assert float(rows[-1][1]) == 1
     assert float(rows[-1][2].rstrip(" |")) > 0.9
 
