@@ -7,15 +7,15 @@ from pathlib import Path
 from ccl_jax import prepare, setup
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import census_report, layouts
-from ccl_jax.data.census import KINDS, Census, file_of, take_census
+from ccl_jax.data.census import Census, file_of, take_census
 from ccl_jax.datasets import (
     list_folder,
-    parts_of,
     print_left_aside,
     print_sources,
     progress_bar,
     read_folder,
 )
+from ccl_jax.settings import parts_of
 from ccl_jax.workdir import check_writable
 
 
@@ -68,13 +68,12 @@ def census_of(config: ConfigDict, workdir: Path) -> int:
     )
     details = (workdir / "census.json").absolute()
     where = prepare.location_of(config) if from_shards else roots_of(config)
-    roots = {
-        name: where if from_shards else os.path.abspath(part.root)
-        for name, part in parts_of(config).items()
-    }
+    if from_shards:
+        roots = {record.dataset: where for record in (*split.train, *split.test)}
+    else:
+        roots = {name: os.path.abspath(part.root) for name, part in parts_of(config).items()}
     skipped = skipped_of(census, split) if config.data.bad_files == "skip" else []
-    bad = sum(len(of) for kind, of in census.findings.items() if KINDS[kind].spoils)
-    spoiled = bad > len(skipped)
+    spoiled = census.spoiling > len(skipped)
     found = {"roots": roots, **census_report.as_json(census), "spoiled": spoiled}
     setup.write_atomically(details, json.dumps(found, indent=2) + "\n")
     print(f"{where}: {len(census.classes)} classes\n\n{census_report.as_text(census)}")

@@ -10,6 +10,7 @@ from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, synthetic
 from ccl_jax.data.pictures import check_pictures
 from ccl_jax.data.records import check_records
+from ccl_jax.settings import parts_of
 
 
 def read_split(config: ConfigDict) -> layouts.Split:
@@ -77,18 +78,6 @@ def list_folder(config: ConfigDict, *, for_census: bool = False) -> layouts.Spli
         )
     check_records(split.train, split.test)
     return split
-
-
-def parts_of(config: ConfigDict) -> dict[str, layouts.Part]:
-    """The data sets of a config by name: those of a joint one, or the only one."""
-    data = config.data
-    if data.layout == "joint":
-        return {
-            name: layouts.Part(part.layout, Path(part.root), part.classes, part.splits)
-            for name, part in data.parts.items()
-        }
-    name = data.name or Path(data.root).absolute().name
-    return {name: layouts.Part(data.layout, Path(data.root), data.classes, data.splits)}
 
 
 def print_sources(config: ConfigDict) -> None:

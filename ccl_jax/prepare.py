@@ -7,6 +7,7 @@ from typing import Any
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import builders, layouts, manifest, remote, shards
 from ccl_jax.data.layouts import Split
+from ccl_jax.settings import parts_of
 
 Progress = builders.Progress
 
@@ -78,29 +79,20 @@ def _check_apart(folder: Path, config: ConfigDict) -> None:
 
 def about(config: ConfigDict) -> dict[str, str]:
     """Description, homepage and license for the metadata of tensorflow-datasets."""
-    joint = config.data.layout == "joint"
-    parts = config.data.parts if joint else {name_of(config): config.data}
-    texts = {name: layouts.describe_source(part.layout, name) for name, part in parts.items()}
+    parts = parts_of(config)
+    texts = [layouts.describe_source(part.layout, name) for name, part in parts.items()]
     known = {
         name: source
-        for name, text in texts.items()
-        for source in layouts.SOURCES.values()
-        if text.startswith(f"{name}: {source.title}, {source.home}\n")
+        for name, part in parts.items()
+        if (source := layouts.source_of(part.layout, name)) is not None
     }
-    found = {"description": "\n".join(texts.values())}
+    found = {"description": "\n".join(texts)}
     if known:
         found["homepage"] = " ".join(source.home for source in known.values())
-        licences = {name: source.licence for name, source in known.items()}
-        found["license"] = "; ".join(
-            f"{name}: {licences.get(name, 'unknown')}" if joint else licences[name]
-            for name in texts
-        )
+        licences = [known[name].licence if name in known else "unknown" for name in parts]
+        named = [f"{name}: {licence}" for name, licence in zip(parts, licences, strict=True)]
+        found["license"] = "; ".join(named if len(parts) > 1 else licences)
     return found
-
-
-def name_of(config: ConfigDict) -> str:
-    """The name of the data set in results, which is that of its folder unless it has another."""
-    return config.data.name or os.path.basename(os.path.abspath(config.data.root))
 
 
 def read_prepared(config: ConfigDict, progress: Progress | None, *, full: bool = False) -> Split:

@@ -1,14 +1,28 @@
 """A config taken apart into the plain values and objects that the layers below work with."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import pipeline
+from ccl_jax.data.layouts import Part
 from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.state import make_optimizer
 from ccl_jax.train import LossSettings, Schedule
+
+
+def parts_of(config: ConfigDict) -> dict[str, Part]:
+    """The data sets of a config by name: those of a joint one, or the only one."""
+    data = config.data
+    if data.layout == "joint":
+        return {
+            name: Part(part.layout, Path(part.root), part.classes, part.splits)
+            for name, part in data.parts.items()
+        }
+    name = data.name or Path(data.root).absolute().name
+    return {name: Part(data.layout, Path(data.root), data.classes, data.splits)}
 
 
 def total_steps(config: ConfigDict, images: int) -> tuple[int, int]:

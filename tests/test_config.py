@@ -226,8 +226,12 @@ def test_settings_that_mean_nothing_for_a_joint_set_are_refused(changes, reason)
 
 def test_a_joint_set_may_be_read_from_prepared_data_that_are_named():
     config = configs.read_config_file(ROOT / "configs/joint.py")
+    for part in config.data.parts.values():
+        part.root = ""
+    with pytest.raises(ValueError, match=r"config\.data\.parts\.visa\.root"):
+        validate(config)
     config.data.update({"source": "prepared", "prepared": "/data/joint-prepared"})
-    validate(config)
+    validate(config)  # nothing is missing any more
 
 
 def test_a_setting_that_is_missing_is_named():

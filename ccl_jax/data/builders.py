@@ -32,9 +32,8 @@ from ccl_jax.data.listings import Stamp, row_of, size_of, sources_of, stamped
 from ccl_jax.data.manifest import Manifest, Planned, Shard
 from ccl_jax.data.records import Record, StoreError, read_image, read_mask
 
-SHARD_BYTES = (
-    2**27
-)  # of a shard, about: what a killed preparation loses, and what is fetched at once
+# Of a shard, about: what a killed preparation loses, and what is fetched at once.
+SHARD_BYTES = 2**27
 SHARD_RECORDS = 8192  # at most, however small the images are
 Progress = Callable[[int, int], None]
 Report = Callable[[str], object]

@@ -89,9 +89,14 @@ class Census:
     )
 
     @property
+    def spoiling(self) -> int:
+        """How many findings would spoil a training or its evaluation."""
+        return sum(len(found) for kind, found in self.findings.items() if KINDS[kind].spoils)
+
+    @property
     def spoiled(self) -> bool:
-        """Whether anything was found that would spoil a training or its evaluation."""
-        return any(KINDS[kind].spoils and found for kind, found in self.findings.items())
+        """Whether there is any such finding."""
+        return self.spoiling > 0
 
 
 def take_census(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from array_record.python import array_record_module
 from ccl_jax.data import listings, manifest
 from ccl_jax.data.builders import picture_in
 from ccl_jax.data.layouts import Split
+from ccl_jax.data.layouts.folders import choose_classes, composed
 from ccl_jax.data.listings import Row
 from ccl_jax.data.manifest import Manifest, Shard
 from ccl_jax.data.records import Record, Stored, StoreError
@@ -158,16 +158,9 @@ def _chosen(found: Manifest, classes: Sequence[str]) -> dict[int, int]:
     known: dict[str, list[int]] = {}
     for label, (dataset, name) in enumerate(found.classes):
         for form in (name, f"{dataset}/{name}"):
-            known.setdefault(form, []).append(label)
-    for name in classes:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'? " if near else ""
-            raise ValueError(
-                f"config.data.classes names '{name}', but the prepared data have no such class; "
-                f"{hint}there are: {', '.join(name for _, name in found.classes)}."
-            )
-    labels = {label for name in classes or known for label in known[name]}
+            known.setdefault(composed(form), []).append(label)
+    chosen = choose_classes(known, classes, "the prepared data have no such class")
+    labels = {label for name in chosen for label in known[name]}
     return {old: new for new, old in enumerate(sorted(labels))}
 
 

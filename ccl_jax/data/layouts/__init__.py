@@ -13,7 +13,7 @@ from ccl_jax.data.layouts.reader import (
     read_mvtec,
     read_split,
 )
-from ccl_jax.data.layouts.sources import SOURCES, Source, describe_source
+from ccl_jax.data.layouts.sources import SOURCES, Source, describe_source, source_of
 
 __all__ = [
     "EXTENSIONS",
@@ -29,4 +29,5 @@ __all__ = [
     "read_joint",
     "read_mvtec",
     "read_split",
+    "source_of",
 ]
