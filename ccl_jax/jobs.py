@@ -226,4 +226,4 @@ def evaluate_and_print(
         lines.append(f"{folder}/results.md: also {names}")
     pictures = ": figures" if config.eval.figures_per_class else ""
     lines.append(f"{folder}/report.html{pictures}")
-    print("\n" + "\n".join(lines))
+    mesh.say("\n" + "\n".join(lines))
