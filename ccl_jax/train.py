@@ -6,7 +6,7 @@ state, the frozen encoder, the batch and the root key alone; everything else hap
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -212,7 +212,7 @@ def train(
     schedule: Schedule,
     checkpoints: Checkpoints,
     log: RunLog,
-    evaluate: Callable[[int, TrainState], None],
+    evaluate: Callable[[int, TrainState], Mapping[str, float]],
     stop: StopRequest,
 ) -> TrainState:
     """Runs the steps that are left, and returns the last state; it is also saved.
@@ -220,7 +220,8 @@ def train(
     `batches`, on the devices, begins at the batch whose number is `state.step`. Ends early where
     `stop` has received a signal. Raises FloatingPointError, naming step and term, where a loss or
     a gradient was not finite; the state before that step is saved. Whatever else stops it, such as
-    a file that cannot be read, the steps so far are saved too. An evaluation comes after a save.
+    a file that cannot be read, the steps so far are saved too. An evaluation comes after a save;
+    what it returns is logged.
     """
     step = jax.jit(step, donate_argnums=0)
     pending: list[tuple[int, Scalars]] = []
@@ -242,7 +243,8 @@ def train(
                 checkpoints.save(done, state)
             if evaluates:
                 with log.paused():
-                    evaluate(done, state)
+                    found = evaluate(done, state)
+                log.write(done, found)
         except (ValueError, OSError, KeyboardInterrupt):  # e.g. a file that cannot be read
             if not state.step.is_deleted() and int(state.step) > 0:
                 checkpoints.save(int(state.step), state)

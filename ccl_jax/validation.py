@@ -218,6 +218,9 @@ def _evaluate_and_predict(p: Problems) -> None:
     )
     p.integer("eval.figures_per_class", 0, 4)
     p.integer("eval.step", -1, -1)
+    p.check("eval.follow", lambda v: isinstance(v, bool), "True or False", True)
+    p.number("eval.poll_seconds", 0.0, 1e6, 10.0, above=True)
+    p.number("eval.follow_patience", 0.0, 1e9, 3600.0)
     p.check("predict.input", lambda v: isinstance(v, str), "a file or a folder", "photos/")
     p.check("predict.output", lambda v: isinstance(v, str), "a folder", "predictions/")
     p.integer("predict.batch_size", 1, 8)
@@ -302,6 +305,11 @@ def _together(p: Problems, config: ConfigDict) -> None:
         p.lines.append(
             f"config.pretrain.episodes.sound={phase.sound} leaves none of {phase.group} images to "
             f"be damaged, e.g. --config.pretrain.episodes.sound={max(phase.group // 4, 1)}"
+        )
+    if config.eval.follow and config.eval.step != -1:
+        p.lines.append(
+            f"config.eval.step={config.eval.step} names one checkpoint, config.eval.follow=True "
+            f"takes all as they come; leave out one of them, e.g. --config.eval.follow=False"
         )
     if config.eval.pool > config.data.image_size:
         p.lines.append(
