@@ -1,5 +1,6 @@
 """The jobs behind the door: each takes a validated config apart and calls the plain functions."""
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -32,22 +33,25 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
     where = setup.devices_of(config, "train.batch_size", "eval.batch_size")
     split = read_split(config)
     total, per_epoch = settings.total_steps(config, len(split.train))
-    with lock_workdir(workdir):
+    with lock_workdir(workdir) if mesh.is_first() else contextlib.nullcontext():
         with (
             StopRequest() as stop,
             Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
         ):
             fresh = checkpoints.latest is None
-            setup.settle_workdir(config, workdir, split, fresh=fresh)
+            mesh.barrier("all have looked")  # before the first process writes
+            config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
+            if mesh.is_first():
+                setup.settle_workdir(config, workdir, split, fresh=fresh)
             training = setup.set_up(config, workdir, where, total, fresh=fresh)
             state = setup.first_or_saved(training, checkpoints, where)
             done = int(state.step)
-            print(
+            mesh.say(
                 f"{config.name}: {len(split.train)} training images of {len(split.class_names)} "
                 f"classes, {total} steps of {config.train.batch_size} images "
                 f"({total / per_epoch:.1f} epochs) on {where.size} x {jax.devices()[0].device_kind}"
-                + (f", continuing at step {done}" if done else ""),
-                flush=True,
+                + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
+                + (f", continuing at step {done}" if done else "")
             )
             cache = setup.decoded_cache(config, split)
 
@@ -81,14 +85,14 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                     )
             finally:
                 print_skipped(workdir)
+            mesh.barrier("the training has ended")
         if stop.signal is None:  # signals act as usual again: everything is saved
             with setup.run_log(config, workdir, total, total, progress=False) as log:
                 log.write(total, evaluation(total, state))
             return 0
-        print(
+        mesh.say(
             f"{stop.signal.name}: saved step {int(state.step)} of {total}; run the same command to "
-            f"go on.",
-            flush=True,
+            f"go on."
         )
         return 128 + stop.signal
 
@@ -149,6 +153,7 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
         )
     output = Path(config.predict.output or workdir / "predictions")
     setup.devices_of(config)
+    setup.one_process("predict")
     setup.check_same_model(config, workdir)
     check_writable(output, "--config.predict.output")
     scorer = scorer_of(
@@ -182,6 +187,7 @@ def baseline_job(config: ConfigDict, workdir: Path) -> int:
 def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     """Learns an encoder from procedural images, phase after phase, or goes on."""
     where = setup.devices_of(config)
+    setup.one_process("pretrain")
     look = Look(tensorboard=config.run.tensorboard, progress=config.run.progress)
     phases: list[tuple[str, Recipe | Episodes, Plan]] = [
         ("classes", *settings.pretraining_of(config))
@@ -209,10 +215,9 @@ def print_skipped(workdir: Path) -> None:
     reasons = setup.skipped_in(workdir)
     if reasons:
         lines = "\n  ".join(reasons)
-        print(
+        mesh.say(
             f"{len(reasons)} training images could not be read, and others of their classes stood "
-            f"in for them (config.data.bad_files=skip):\n  {lines}",
-            flush=True,
+            f"in for them (config.data.bad_files=skip):\n  {lines}"
         )
 
 
