@@ -156,9 +156,10 @@ class _Follower:
 
     def _take_note_of_results(self) -> None:
         """Logs the evaluations that are new on disk, whoever made them."""
-        for path in sorted(self._workdir.glob("evaluation/*/results.json")):
-            step = int(path.parent.name) if path.parent.name.isdecimal() else -1
-            if step < 0 or step in self._evaluated:
+        found = self._workdir.glob("evaluation/*/results.json")
+        there = {int(path.parent.name): path for path in found if path.parent.name.isdecimal()}
+        for step, path in sorted(there.items()):
+            if step in self._evaluated:
                 continue
             try:
                 results = json.loads(path.read_text())
