@@ -119,15 +119,17 @@ def set_up(
     )
 
 
-def run_log(config: ConfigDict, workdir: Path, total: int, done: int) -> RunLog:
-    """The log of a training that begins at step `done`."""
+def run_log(
+    config: ConfigDict, workdir: Path, total: int, done: int, *, progress: bool = True
+) -> RunLog:
+    """The log of a training that begins at step `done`; `progress` False shows no bar."""
     return RunLog(
         workdir / "log",
         total_steps=total,
         start_step=done,
         images_per_step=config.train.batch_size,
         tensorboard=config.run.tensorboard,
-        progress=config.run.progress,
+        progress=progress and config.run.progress,
     )
 
 

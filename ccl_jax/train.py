@@ -6,7 +6,7 @@ state, the frozen encoder, the batch and the root key alone; everything else hap
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -152,7 +152,7 @@ def train(
     schedule: Schedule,
     checkpoints: Checkpoints,
     log: RunLog,
-    evaluate: Callable[[int, TrainState], None],
+    evaluate: Callable[[int, TrainState], Mapping[str, float]],
     stop: StopRequest,
 ) -> TrainState:
     """Runs the steps that are left, and returns the last state; it is also saved.
@@ -160,7 +160,8 @@ def train(
     `batches`, on the devices, begins at the batch whose number is `state.step`. Ends early where
     `stop` has received a signal. Raises FloatingPointError, naming step and term, where a loss or
     a gradient was not finite; the state before that step is saved. Whatever else stops it, such as
-    a file that cannot be read, the steps so far are saved too. An evaluation comes after a save.
+    a file that cannot be read, the steps so far are saved too. An evaluation comes after a save;
+    what it returns is logged.
     """
     placed = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, mesh.replicated(where)))
@@ -183,7 +184,8 @@ def train(
                 checkpoints.save(done, state)
             if evaluates:
                 with log.paused():
-                    evaluate(done, state)
+                    found = evaluate(done, state)
+                log.write(done, found)
         except (ValueError, OSError, KeyboardInterrupt):  # e.g. a file that cannot be read
             if not state.step.is_deleted() and int(state.step) > 0:
                 checkpoints.save(int(state.step), state)

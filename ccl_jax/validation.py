@@ -231,6 +231,9 @@ def _evaluate_and_predict(p: Problems) -> None:
     )
     p.integer("eval.figures_per_class", 0, 4)
     p.integer("eval.step", -1, -1)
+    p.check("eval.follow", lambda v: isinstance(v, bool), "True or False", True)
+    p.number("eval.poll_seconds", 0.0, 1e6, 10.0, above=True)
+    p.number("eval.follow_patience", 0.0, 1e9, 3600.0)
     p.check("predict.input", lambda v: isinstance(v, str), "a file or a folder", "photos/")
     p.check("predict.output", lambda v: isinstance(v, str), "a folder", "predictions/")
     p.integer("predict.batch_size", 1, 8)
@@ -287,13 +290,22 @@ def _together(p: Problems, config: ConfigDict) -> None:
             f"config.train.batch_size={config.train.batch_size}; use a divisor, e.g. "
             f"--config.model.norm_images={fit}, or 0 for the whole batch."
         )
-    if config.eval.pool > config.data.image_size:
-        p.lines.append(
-            f"config.eval.pool={config.eval.pool} is larger than the score map of "
-            f"{config.data.image_size} pixels, e.g. --config.eval.pool=16"
-        )
+    _evaluation_together(p, config)
     if 2 * (config.augment.blur_kernel // 2) >= 2 * config.data.image_size:
         p.lines.append(
             f"config.augment.blur_kernel={config.augment.blur_kernel} reaches beyond the reflected "
             f"border of an image of {config.data.image_size} pixels; use a smaller one."
+        )
+
+
+def _evaluation_together(p: Problems, config: ConfigDict) -> None:
+    if config.eval.follow and config.eval.step != -1:
+        p.lines.append(
+            f"config.eval.step={config.eval.step} names one checkpoint, config.eval.follow=True "
+            f"takes all as they come; leave out one of them, e.g. --config.eval.follow=False"
+        )
+    if config.eval.pool > config.data.image_size:
+        p.lines.append(
+            f"config.eval.pool={config.eval.pool} is larger than the score map of "
+            f"{config.data.image_size} pixels, e.g. --config.eval.pool=16"
         )
