@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 
@@ -41,6 +42,24 @@ def _number_from(variable: str) -> int:
             f"JAX_NUM_PROCESSES=2 JAX_PROCESS_ID=0, or unset JAX_COORDINATOR_ADDRESS."
         )
     return int(text)
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes files and speaks."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Returns when every process has called it with the same name."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def from_first(number: int) -> int:
+    """The number that the first process passes, in every process."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def make_mesh(devices: int = 0) -> Mesh:
