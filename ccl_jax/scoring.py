@@ -126,7 +126,7 @@ def map_settings_of(config: Mapping[str, Any]) -> MapSettings:
 def load_scorer(
     workdir: Path, *, architecture: Architecture, settings: MapSettings, step: int, devices: int
 ) -> Scorer:
-    """Reads encoder and checkpoint of a workdir; `step` -1 takes the newest.
+    """Reads encoder and checkpoint of a workdir; `step` -1 takes the newest undamaged one.
 
     Raises ValueError where a file is missing, changed, or does not fit the architecture.
     """
@@ -135,6 +135,7 @@ def load_scorer(
     replicated = mesh.replicated(where)
     graphdef, params, batch_stats = architecture.abstract()
     abstract = {
+        "step": jax.ShapeDtypeStruct((), "int32"),
         "params": split_parts(params, TRAINED),
         "batch_stats": split_parts(batch_stats, TRAINED),
     }
@@ -142,8 +143,8 @@ def load_scorer(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), abstract
     )
     with Checkpoints(workdir / "checkpoints") as checkpoints:
-        step = checkpoints.choose(step)
         parts = checkpoints.restore_parts(step, abstract)
     frozen = jax.device_put(frozen, replicated)
     params, batch_stats = join(frozen, parts["params"], parts["batch_stats"])
-    return Scorer(graphdef, params, batch_stats, settings, where, step, provenance)
+    number = int(parts["step"])
+    return Scorer(graphdef, params, batch_stats, settings, where, number, provenance)

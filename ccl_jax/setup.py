@@ -188,7 +188,10 @@ def write_atomically(path: Path, text: str) -> None:
 def first_or_saved(
     training: Training, checkpoints: Checkpoints, where: jax.sharding.Mesh
 ) -> TrainState:
-    """The newest saved state, or the one before the first step, on all devices of the mesh."""
+    """The newest undamaged state, or the one before the first step, on all devices of the mesh.
+
+    Raises ValueError where there are checkpoints and all are damaged: nothing starts anew unasked.
+    """
     replicated = mesh.replicated(where)
     if checkpoints.latest is None:
         return jax.jit(training.init, out_shardings=replicated)(training.key)
