@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 
 from ccl_jax import baseline, mesh, report, settings, setup
-from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
 from ccl_jax.data.pictures import DecodedCache
@@ -33,7 +32,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
     with lock_workdir(workdir):
         with (
             StopRequest() as stop,
-            Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
+            setup.checkpoints_of(config, workdir) as checkpoints,
         ):
             fresh = checkpoints.latest is None
             setup.settle_workdir(config, workdir, split, fresh=fresh)

@@ -10,7 +10,9 @@ def kept_steps(steps: Sequence[int], *, newest: int, every: int, best: int | Non
     kept = set(sorted(steps)[-newest:])
     if every:
         kept |= {step for step in steps if step % every == 0}
-    return kept | ({best} & set(steps))
+    if best is not None:
+        kept.add(best)
+    return kept
 
 
 def best_step(evaluation: Path, metric: str, steps: Sequence[int]) -> int | None:

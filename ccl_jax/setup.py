@@ -22,6 +22,8 @@ from ccl_jax.scoring import architecture_of
 from ccl_jax.state import Frozen, TrainState, init_state, obtain_encoder, purpose_key
 from ccl_jax.train import make_train_step
 
+DETERMINISTIC = "--xla_gpu_deterministic_ops"
+
 
 class Training(NamedTuple):
     """All that a training is made of, before its first step."""
@@ -41,6 +43,8 @@ def devices_of(config: ConfigDict, *batches: str) -> jax.sharding.Mesh:
     "train.batch_size"; and where the run has several processes, which evaluation, locks and
     results do not support yet.
     """
+    if config.run.deterministic:
+        ask_for_deterministic_programs()
     mesh.initialize_distributed()
     if jax.process_count() > 1:
         raise ValueError(
@@ -52,6 +56,34 @@ def devices_of(config: ConfigDict, *batches: str) -> jax.sharding.Mesh:
     for setting in batches:
         mesh.check_divisible(sizes[setting], where.size, setting)
     return where
+
+
+def ask_for_deterministic_programs() -> None:
+    """Tells XLA to take only operations that give the same bits every time, on GPUs.
+
+    Sets the flag in XLA_FLAGS, which is read when the first device is used, so call it before that.
+    It leaves out autotuning, whose choice of kernels depends on measured times, and sums of
+    unsettled order. Programs for CPUs and TPUs give the same bits without it.
+    Raises ValueError where XLA_FLAGS already says the contrary.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if f"{DETERMINISTIC}=false" in flags:
+        raise ValueError(
+            f"config.run.deterministic=True, but XLA_FLAGS={flags!r} says {DETERMINISTIC}=false; "
+            f"take it out there, or use --config.run.deterministic=False."
+        )
+    if DETERMINISTIC not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()
+
+
+def checkpoints_of(config: ConfigDict, workdir: Path) -> Checkpoints:
+    """The checkpoints of a workdir, to write; what is kept is as the config says."""
+    return Checkpoints(
+        workdir / "checkpoints",
+        keep=config.train.keep_checkpoints,
+        keep_best=config.train.keep_best,
+        keep_every=config.train.keep_every,
+    )
 
 
 def set_up(
