@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import tensorstore
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
@@ -22,7 +23,9 @@ from ccl_jax.checksums import check_checksums, write_checksums
 from ccl_jax.models.trees import check_same_tree
 
 STATE = "state"  # folder within a step
-TIMEOUT = 1200  # seconds that the processes wait for each other to write one checkpoint
+# Seconds for one checkpoint to be written. Where the disk refuses one process of several, that one
+# says so at once, and all of them end after this time: until then they wait for each other.
+TIMEOUT = 300
 
 
 class _Keep:
@@ -274,10 +277,11 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # raised in a thread of orbax; the type depends on the storage
+            others = "Another process may have said more. " if jax.process_count() > 1 else ""
             raise OSError(
-                f"a checkpoint could not be written to {self.folder} ({_first_line(error)}). Check "
-                f"its disk (df -h {self.folder}), then start again with the same --workdir: the "
-                f"run continues from the newest complete checkpoint."
+                f"a checkpoint could not be written to {self.folder} ({_first_line(error)}). "
+                f"{others}Check its disk (df -h {self.folder}), then start again with the same "
+                f"--workdir: the run continues from the newest complete checkpoint."
             ) from error
 
 
