@@ -9,7 +9,6 @@ import jax
 
 from ccl_jax import baseline, follow, mesh, report, settings, setup
 from ccl_jax.ahead import Ahead
-from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
 from ccl_jax.data.pictures import DecodedCache
@@ -36,7 +35,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
     with lock_workdir(workdir) if mesh.is_first() else contextlib.nullcontext():
         with (
             StopRequest() as stop,
-            Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
+            setup.checkpoints_of(config, workdir) as checkpoints,
         ):
             fresh = checkpoints.latest is None
             mesh.barrier("all have looked")  # before the first process writes

@@ -122,6 +122,8 @@ BAD = {
     "train.log_every": 0,
     "train.checkpoint_every": 0,
     "train.keep_checkpoints": 0,
+    "train.keep_best": "accuracy",
+    "train.keep_every": -1,
     "eval.every_steps": -1,
     "eval.batch_size": 0,
     "eval.smoothing_sigma": -1.0,
@@ -166,6 +168,7 @@ BAD = {
     "run.threads": 0,
     "run.workers": -1,
     "model.norm_images": -1,
+    "run.deterministic": "yes",
 }
 
 
