@@ -1,9 +1,14 @@
 """The jobs behind the door: each takes a validated config apart and calls the plain functions."""
 
+import functools
+import shlex
+import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
+import numpy as np
 
 from ccl_jax import baseline, mesh, report, settings, setup
 from ccl_jax.checkpoint import Checkpoints
@@ -12,27 +17,54 @@ from ccl_jax.data import layouts, pipeline
 from ccl_jax.data.pictures import DecodedCache
 from ccl_jax.datasets import read_split
 from ccl_jax.evaluate import Conventions, evaluate
+from ccl_jax.loop import check_together
 from ccl_jax.predict import Detector, predict_files, scorer_of
 from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.pretraining.run import WEIGHTS, Look, check_recipe, pretrain
 from ccl_jax.provenance import provenance
 from ccl_jax.scoring import Scorer, map_settings_of
-from ccl_jax.signals import StopRequest
+from ccl_jax.signals import Stopped, StopRequest
 from ccl_jax.state import TrainState, join
 from ccl_jax.train import train
 from ccl_jax.workdir import check_writable, lock_workdir
 
 
 def train_job(config: ConfigDict, workdir: Path) -> int:
-    """Trains, or goes on training, in `workdir`; evaluates on the way and at the end."""
-    start = time.perf_counter()
+    """Trains, or goes on training, in `workdir`; evaluates on the way and at the end.
+
+    Returns 0 once that is complete; where it was asked to stop, `run.unfinished_exit_code`.
+    """
     where = setup.devices_of(config, "train.batch_size", "eval.batch_size")
-    split = read_split(config)
+    try:
+        with StopRequest(config.run.stop_signals) as stop:
+            with stop.at_once():
+                split = read_split(config)
+            train_in(config, workdir, where, split, stop)
+    except Stopped as stopped:
+        return unfinished(config, stopped)
+    return 0
+
+
+def unfinished(config: ConfigDict, stopped: Stopped) -> int:
+    """Says how to go on, and returns the exit status of a run that was asked to stop."""
+    command = shlex.join(sys.orig_argv)
+    print(f"{stopped}; run the same command to go on: {command}", flush=True)
+    return config.run.unfinished_exit_code or 128 + stopped.signal
+
+
+def train_in(
+    config: ConfigDict,
+    workdir: Path,
+    where: jax.sharding.Mesh,
+    split: layouts.Split,
+    stop: StopRequest,
+) -> None:
+    """Trains and evaluates until all is done; raises `Stopped` where a signal ended it before."""
+    start = time.perf_counter()
     total, per_epoch = settings.total_steps(config, len(split.train))
-    with lock_workdir(workdir):
+    with lock_workdir(workdir), setup.watch(config, workdir) as watch:
         with (
-            StopRequest() as stop,
             Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
         ):
             fresh = checkpoints.latest is None
@@ -40,6 +72,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
             training = setup.set_up(config, workdir, where, total, fresh=fresh)
             state = setup.first_or_saved(training, checkpoints, where)
             done = int(state.step)
+            setup.begin(workdir, done, total)
             print(
                 f"{config.name}: {len(split.train)} training images of {len(split.class_names)} "
                 f"classes, {total} steps of {config.train.batch_size} images "
@@ -57,11 +90,16 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 )
                 seconds = time.perf_counter() - start
                 again = cache if config.eval.every_steps else None  # kept images pay when reread
-                evaluate_and_print(config, workdir, scorer, split, seconds, again)
+                saved = f"saved step {number} of {total}, whose evaluation is missing"
+                check = functools.partial(check_together, stop, saved)
+                with watch.during("evaluating", number):
+                    evaluate_and_print(
+                        config, workdir, scorer, split, seconds, again, watch.over(check)
+                    )
 
             try:
                 with (
-                    setup.run_log(config, workdir, total, done) as log,
+                    setup.run_log(config, workdir, where, total, done) as log,
                     setup.train_batches(config, workdir, split, done, cache, log) as batches,
                     mesh.Ahead(batches, where) as sent,
                 ):
@@ -76,18 +114,16 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                         log=log,
                         evaluate=evaluation,
                         stop=stop,
+                        watch=watch,
                     )
+                    checkpoints.wait()
+                    if int(state.step) == total:
+                        setup.mark_complete(workdir, total, log)
             finally:
                 print_skipped(workdir)
-        if stop.signal is None:  # signals act as usual again: everything is saved
-            evaluation(total, state)
-            return 0
-        print(
-            f"{stop.signal.name}: saved step {int(state.step)} of {total}; run the same command to "
-            f"go on.",
-            flush=True,
-        )
-        return 128 + stop.signal
+        if int(state.step) < total:
+            stop.check(f"saved step {int(state.step)} of {total}")
+        evaluation(total, state)
 
 
 def evaluate_job(config: ConfigDict, workdir: Path) -> int:
@@ -152,14 +188,13 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     for name, recipe, _ in phases:
         check_recipe(recipe, where.size, name)
     begin = None
-    with lock_workdir(workdir), StopRequest() as stop:
+    with lock_workdir(workdir), StopRequest(config.run.stop_signals) as stop:
         for name, recipe, plan in phases:
             folder = workdir / name
             print(f"{name}: {plan.steps} steps of {recipe.batch_size} images", flush=True)
             written = pretrain(folder, recipe, plan, begin=begin, where=where, look=look, stop=stop)
             if written is None and stop.signal is not None:
-                print(f"{stop.signal.name}: saved; run the same command to go on.", flush=True)
-                return 128 + stop.signal
+                return unfinished(config, Stopped(stop.signal, "saved"))
             begin = folder / WEIGHTS
     print(f"{begin}: sha256 {written}, for config.encoder.weights")
     return 0
@@ -184,10 +219,11 @@ def evaluate_and_print(
     split: layouts.Split,
     seconds: float,
     cache: DecodedCache | None = None,
+    over: Callable[[Iterable[dict[str, np.ndarray]]], Iterable[dict[str, np.ndarray]]] = iter,
 ) -> None:
     """Evaluates a scorer on the test images, and prints the table and where the rest is.
 
-    `cache` keeps the test images for the next evaluation.
+    `cache` keeps the test images for the next evaluation; `over` goes over the batches.
     """
     folder = workdir / "evaluation" / str(scorer.step)
     with pipeline.evaluation_batches(
@@ -203,7 +239,7 @@ def evaluate_and_print(
         results = evaluate(
             scorer,
             split.test,
-            batches,
+            over(batches),
             split.class_names,
             conventions=Conventions(
                 image_label=config.eval.image_label,

@@ -13,8 +13,14 @@ pretrain learns an encoder from procedural images (configs/pretrain.py). evaluat
 export need no --config: the workdir knows its own. configs/default.py lists every setting with its
 unit.
 
-Exit status: 0 done, 1 an error (for predict also: some files could not be read; for prepare: data
-that would spoil a training), 2 wrong arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
+Exit status:
+    0    done; of a training: all steps, and their evaluation
+    1    an error; predict: some files could not be read; prepare: data would spoil a training
+    2    wrong arguments
+    70   nothing went on for config.run.stall_seconds, or another process of the run is lost
+    130  stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 138 by SIGUSR1: 128 + the signal's number, or
+         config.run.unfinished_exit_code; the same command goes on
+    134  JAX ended this process, because another one of the run is lost
 """
 
 import os

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,7 +21,11 @@ from ccl_jax.data.pictures import DecodedCache, decoded_bytes
 from ccl_jax.run_log import RunLog
 from ccl_jax.scoring import architecture_of
 from ccl_jax.state import Frozen, TrainState, init_state, obtain_encoder, purpose_key
+from ccl_jax.throughput import device_peak
 from ccl_jax.train import make_train_step
+from ccl_jax.watch import Watch
+
+COMPLETE = "complete.json"  # of a workdir whose training is done
 
 
 class Training(NamedTuple):
@@ -90,7 +95,9 @@ def set_up(
     )
 
 
-def run_log(config: ConfigDict, workdir: Path, total: int, done: int) -> RunLog:
+def run_log(
+    config: ConfigDict, workdir: Path, where: jax.sharding.Mesh, total: int, done: int
+) -> RunLog:
     """The log of a training that begins at step `done`."""
     return RunLog(
         workdir / "log",
@@ -99,7 +106,37 @@ def run_log(config: ConfigDict, workdir: Path, total: int, done: int) -> RunLog:
         images_per_step=config.train.batch_size,
         tensorboard=config.run.tensorboard,
         progress=config.run.progress,
+        devices=where.size,
+        peak=device_peak(where, config.model.compute_dtype, config.run.peak_tflops),
     )
+
+
+def watch(config: ConfigDict, workdir: Path) -> Watch:
+    """Ends this process where the run in `workdir` stands still."""
+    return Watch(
+        workdir,
+        index=jax.process_index(),
+        count=jax.process_count(),
+        stall_seconds=config.run.stall_seconds,
+    )
+
+
+def begin(workdir: Path, done: int, total: int) -> None:
+    """Takes the mark of a complete training away where steps are left."""
+    if jax.process_index() == 0 and done < total:
+        (workdir / COMPLETE).unlink(missing_ok=True)
+
+
+def mark_complete(workdir: Path, step: int, log: RunLog) -> None:
+    """Says in `complete.json` that the checkpoint of the last step is on disk.
+
+    {"step", "time" (Unix seconds), "seconds" since the very first start, "step_seconds" and
+    "goodput" of the log}; the first process writes it. The last evaluation may still be missing.
+    """
+    path = workdir / COMPLETE
+    if jax.process_index() == 0 and not path.exists():
+        mark = {"step": step, "time": round(time.time(), 3), **log.summary()}
+        write_atomically(path, json.dumps(mark, indent=2) + "\n")
 
 
 def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, fresh: bool) -> None:

@@ -8,6 +8,7 @@ from ccl_jax.metrics.conventions import CONVENTIONS
 from ccl_jax.models.pretrained import check_builtin
 from ccl_jax.pretraining.images import KINDS
 from ccl_jax.problems import Problems, is_integer, is_number
+from ccl_jax.signals import SIGNALS
 
 ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
@@ -278,6 +279,25 @@ def _run(p: Problems) -> None:
     p.integer("run.workers", 0, 0)
     for key in ("progress", "tensorboard"):
         p.check(f"run.{key}", lambda v: isinstance(v, bool), "True or False", True)
+    p.check(
+        "run.stop_signals",
+        lambda v: isinstance(v, tuple) and all(name in SIGNALS for name in v),
+        f"a tuple of names out of {', '.join(SIGNALS)}",
+        "\"('SIGINT','SIGTERM')\"",
+    )
+    p.check(
+        "run.unfinished_exit_code",
+        lambda v: is_integer(v) and (v == 0 or 3 <= v <= 125),
+        "in 3 .. 125, or 0 for 128 + the signal's number",
+        75,
+    )
+    p.check(
+        "run.stall_seconds",
+        lambda v: is_number(v) and (v == 0 or v >= 1),
+        "seconds, at least 1, or 0 for never",
+        600.0,
+    )
+    p.number("run.peak_tflops", 0.0, 1e6, 989.0)
 
 
 def _together(p: Problems, config: ConfigDict) -> None:

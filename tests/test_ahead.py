@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from ccl_jax import mesh
+from ccl_jax.loop import next_batch
 from ccl_jax.run_log import RunLog
-from ccl_jax.train import next_batch
 
 
 def batch(number):

@@ -157,6 +157,10 @@ BAD = {
     "run.devices": -1,
     "run.threads": 0,
     "run.workers": -1,
+    "run.stop_signals": ("SIGKILL",),
+    "run.unfinished_exit_code": 1,
+    "run.stall_seconds": 0.5,
+    "run.peak_tflops": -1.0,
 }
 
 

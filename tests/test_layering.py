@@ -10,12 +10,13 @@ ROOT = Path(__file__).parent.parent
 
 # Layer of each module of ccl_jax, or of each of its packages.
 LAYERS = {
-    **dict.fromkeys(("losses", "augment", "anomaly_map", "figures"), 0),
+    **dict.fromkeys(("losses", "augment", "anomaly_map", "figures", "throughput"), 0),
     **dict.fromkeys(("data", "metrics", "models"), 0),  # each may import itself
     **dict.fromkeys(("state", "mesh", "checkpoint", "run_log", "workdir", "report"), 1),
-    **dict.fromkeys(("provenance", "signals"), 1),
+    **dict.fromkeys(("provenance", "signals", "watch"), 1),
     "pseudo_labels": 1,
     "scoring": 2,  # what evaluate, predict and train share
+    "loop": 2,
     **dict.fromkeys(("train", "evaluate", "predict"), 3),
     **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
     **dict.fromkeys(("main", "config", "validation", "problems", "settings"), 4),
