@@ -1,5 +1,6 @@
 """The jobs behind the door: each takes a validated config apart and calls the plain functions."""
 
+import contextlib
 import functools
 import shlex
 import sys
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 
 from ccl_jax import baseline, mesh, report, settings, setup
+from ccl_jax.ahead import Ahead
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
@@ -63,22 +65,28 @@ def train_in(
     """Trains and evaluates until all is done; raises `Stopped` where a signal ended it before."""
     start = time.perf_counter()
     total, per_epoch = settings.total_steps(config, len(split.train))
-    with lock_workdir(workdir), setup.watch(config, workdir) as watch:
+    with (
+        lock_workdir(workdir) if mesh.is_first() else contextlib.nullcontext(),
+        setup.watch(config, workdir) as watch,
+    ):
         with (
             Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
         ):
             fresh = checkpoints.latest is None
-            setup.settle_workdir(config, workdir, split, fresh=fresh)
+            mesh.barrier("all have looked")  # before the first process writes
+            config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
+            if mesh.is_first():
+                setup.settle_workdir(config, workdir, split, fresh=fresh)
             training = setup.set_up(config, workdir, where, total, fresh=fresh)
             state = setup.first_or_saved(training, checkpoints, where)
             done = int(state.step)
             setup.begin(workdir, done, total)
-            print(
+            mesh.say(
                 f"{config.name}: {len(split.train)} training images of {len(split.class_names)} "
                 f"classes, {total} steps of {config.train.batch_size} images "
                 f"({total / per_epoch:.1f} epochs) on {where.size} x {jax.devices()[0].device_kind}"
-                + (f", continuing at step {done}" if done else ""),
-                flush=True,
+                + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
+                + (f", continuing at step {done}" if done else "")
             )
             cache = setup.decoded_cache(config, split)
 
@@ -101,7 +109,7 @@ def train_in(
                 with (
                     setup.run_log(config, workdir, where, total, done) as log,
                     setup.train_batches(config, workdir, split, done, cache, log) as batches,
-                    mesh.Ahead(batches, where) as sent,
+                    Ahead(batches, where) as sent,
                 ):
                     state = train(
                         state,
@@ -121,6 +129,7 @@ def train_in(
                         setup.mark_complete(workdir, total, log)
             finally:
                 print_skipped(workdir)
+            mesh.barrier("the training has ended")
         if int(state.step) < total:
             stop.check(f"saved step {int(state.step)} of {total}")
         evaluation(total, state)
@@ -146,6 +155,7 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
         )
     output = Path(config.predict.output or workdir / "predictions")
     setup.devices_of(config)
+    setup.one_process("predict")
     setup.check_same_model(config, workdir)
     check_writable(output, "--config.predict.output")
     scorer = scorer_of(
@@ -179,6 +189,7 @@ def baseline_job(config: ConfigDict, workdir: Path) -> int:
 def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     """Learns an encoder from procedural images, phase after phase, or goes on."""
     where = setup.devices_of(config)
+    setup.one_process("pretrain")
     look = Look(tensorboard=config.run.tensorboard, progress=config.run.progress)
     phases: list[tuple[str, Recipe | Episodes, Plan]] = [
         ("classes", *settings.pretraining_of(config))
@@ -205,10 +216,9 @@ def print_skipped(workdir: Path) -> None:
     reasons = setup.skipped_in(workdir)
     if reasons:
         lines = "\n  ".join(reasons)
-        print(
+        mesh.say(
             f"{len(reasons)} training images could not be read, and others of their classes stood "
-            f"in for them (config.data.bad_files=skip):\n  {lines}",
-            flush=True,
+            f"in for them (config.data.bad_files=skip):\n  {lines}"
         )
 
 

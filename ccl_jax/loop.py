@@ -3,8 +3,8 @@
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -19,6 +19,17 @@ from ccl_jax.throughput import count_flops
 from ccl_jax.watch import Watch
 
 Scalars = dict[str, Array]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Batches on the devices, in their order."""
+
+    def ready(self) -> bool:
+        """Whether the next one is there."""
+
+    def __next__(self) -> dict[str, Array]:
+        """The next one, when it is there."""
 
 
 class Vote:
@@ -85,11 +96,12 @@ class Loop:
     ) -> None:
         self._where, self._checkpoints, self._log, self._watch = where, checkpoints, log, watch
         self._pending: list[tuple[int, Scalars]] = []  # steps that are not logged yet
+        self._running: Scalars = {}  # of the last step
 
-    def next_batch(self, batches: Iterator[dict[str, Array]], step: int) -> dict[str, Array]:
-        """The batch of the step; the log learns how long the step waited for it."""
+    def next_batch(self, batches: Batches, step: int) -> dict[str, Array]:
+        """The batch of the step; the log learns how long the devices waited for it."""
         self._watch.at("waiting for input", step)
-        return next_batch(batches, self._log)
+        return next_batch(batches, self._log, self._running)
 
     def compile(self, step: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
         """The compiled step, which also counts the votes: (state, scalars, votes or None).
@@ -116,6 +128,7 @@ class Loop:
 
     def follow(self, step: int, scalars: Scalars) -> None:
         """Lets one step compute while the next is prepared, and no more."""
+        self._running = scalars
         self._pending.append((step, scalars))
         if len(self._pending) > 1:
             jax.block_until_ready(self._pending[-2][1])
@@ -143,8 +156,14 @@ class Loop:
         self._log.write(steps[-1], means)
 
 
-def next_batch(batches: Iterator[dict[str, Array]], log: RunLog) -> dict[str, Array]:
-    """The next batch; the log learns how long the step waited for it."""
+def next_batch(batches: Batches, log: RunLog, running: Scalars) -> dict[str, Array]:
+    """The next batch; the log learns how long the devices waited for it.
+
+    `running` comes from the step before. Where the batch is not there, that step is waited for
+    first: while it computes, no device waits.
+    """
+    if not batches.ready():
+        jax.block_until_ready(running)
     start = time.perf_counter()
     batch = next(batches)
     log.waited(time.perf_counter() - start)
@@ -153,7 +172,7 @@ def next_batch(batches: Iterator[dict[str, Array]], log: RunLog) -> dict[str, Ar
 
 def put_number(number: int, where: jax.sharding.Mesh) -> Array:
     """The number as an int32 scalar on all devices."""
-    return jax.device_put(np.int32(number), mesh.replicated(where))
+    return mesh.put_replicated(np.int32(number), where)
 
 
 def not_finite(number: int, bad: list[str], row: dict[str, Any], saved: int) -> str:

@@ -33,7 +33,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ccl_jax import config as configs
-from ccl_jax import data_jobs, exchange, jobs
+from ccl_jax import data_jobs, exchange, jobs, mesh
 from ccl_jax.validation import validate
 
 JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
@@ -172,5 +172,18 @@ def explain(error: Exception) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
+def leave(status: int) -> None:
+    """Ends this process; after an error in one of several, without waiting for the others.
+
+    They wait for this one, and at a usual end it would wait for them. Statuses above 2 are those
+    on which all agree.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status in (1, 2) and not mesh.is_alone():
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -101,6 +101,8 @@ BAD = {
     "loss.local.temperature": 0.0,
     "loss.local.match": "nearest",
     "loss.local.window": 4,
+    "loss.local.negatives": "far",
+    "loss.local.reach": 0,
     "loss.global_.temperature": -0.1,
     "loss.global_.form": "third",
     "augment.crop_scale": (0.8,),
@@ -155,12 +157,16 @@ BAD = {
     "pretrain.episodes.image_size": 72,
     "pretrain.episodes.lr": 0.0,
     "run.devices": -1,
+    "run.parameter_shards": 0,
+    "run.heartbeat_seconds": 1,
+    "run.cluster": "pbs",
     "run.threads": 0,
     "run.workers": -1,
     "run.stop_signals": ("SIGKILL",),
     "run.unfinished_exit_code": 1,
     "run.stall_seconds": 0.5,
     "run.peak_tflops": -1.0,
+    "model.norm_images": -1,
 }
 
 
@@ -189,6 +195,7 @@ def test_all_illegal_values_are_told_at_once():
         ({"train.steps": 0, "train.epochs": 0}, "both 0"),
         ({"data.validation": "train"}, "means nothing for config.data.layout=synthetic"),
         ({"model.projector": "none"}, "local loss nothing to train"),
+        ({"model.norm_images": 6}, "--config.model.norm_images=4, or 0"),
         ({"eval.pool": 200}, "larger than the score map"),
         ({"model.encoder": "resnet34"}, "add --config.model.encoder=resnet18"),  # builtin
         ({"augment.blur_kernel": 301}, "reaches beyond"),
