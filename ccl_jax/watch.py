@@ -7,10 +7,9 @@ nothing has gone on for `run.stall_seconds`.
 """
 
 import contextlib
+import dataclasses
 import faulthandler
-import json
 import os
-import socket
 import sys
 import threading
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ccl_jax.whereabouts import Report, behind, read_report, report_of
+
 FOLDER = ".processes"  # of a workdir
 FAILED = "failed.json"  # in it: the first process of a run that ended with an error of its own
 STALLED = 70  # exit status of a process that ends because nothing goes on, or another one is lost
@@ -26,8 +27,6 @@ INTERVAL = 5.0  # seconds between two reports of a process, at most
 SILENT = 3  # intervals without a report, after which a process counts as stopped or lost
 # These take long: compiling (also the others'), reading all, a network file system that wakes up.
 PATIENT = {"starting": 6, "compiling": 6, "evaluating": 2}  # times `stall_seconds`
-
-Report = dict[str, Any]  # what `_mine` returns; its "beat" is the number of the report
 
 
 def end_process(status: int) -> None:
@@ -136,7 +135,7 @@ class Watch:
         failed = self._failed()
         if failed is not None:
             self._leave(
-                f"{_name(failed)} ended with an error: {failed['error']}\nThis process cannot go "
+                f"{failed} ended with an error: {failed.error}\nThis process cannot go "
                 f"on without it."
             )
             return
@@ -152,14 +151,14 @@ class Watch:
     def _listen(self) -> None:
         """Remembers since when each other process has said nothing new; notes the silent ones."""
         for report in self._others():
-            index, beat = report["index"], report["beat"]
+            index, beat = report.index, report.beat
             if self._heard.get(index, (None, 0.0))[0] != beat:
                 self._heard[index] = (beat, self._clock())
                 self._noted.discard(index)
         for report in self._silent():
-            if report["index"] not in self._noted:
-                self._noted.add(report["index"])
-                _tell(f"{_name(report)} gives no sign of life; it was {_where(report)}.")
+            if report.index not in self._noted:
+                self._noted.add(report.index)
+                _tell(f"{report} gives no sign of life; it was {report.place}.")
 
     def _silent(self) -> list[Report]:
         """The last reports of those that have said nothing new for SILENT intervals."""
@@ -167,30 +166,30 @@ class Watch:
         return [
             report
             for report in self._others()
-            if report["index"] in self._heard
-            and now - self._heard[report["index"]][1] >= SILENT * self.interval
+            if report.index in self._heard
+            and now - self._heard[report.index][1] >= SILENT * self.interval
         ]
 
     def _explanation(self) -> str:
         """Who holds all up, as far as it can be told from what the processes last wrote."""
-        head = f"nothing has gone on for {self._idle:.0f} s; this process is {_where(self._mine())}"
+        head = f"nothing has gone on for {self._idle:.0f} s; this process is {self._mine().place}"
         if self._count == 1:
             return f"{head}."
         others = self._others()
-        missing = set(range(self._count)) - {report["index"] for report in others} - {self._index}
+        missing = set(range(self._count)) - {report.index for report in others} - {self._index}
         silent = self._silent()
         if silent or missing:
-            names = [f"{_name(each)}, which was {_where(each)}" for each in silent]
+            names = [f"{each}, which was {each.place}" for each in silent]
             names += [
                 f"process {index}, which has not begun or has ended" for index in sorted(missing)
             ]
             return f"{head}, and waits for {'; '.join(names)}: stopped or lost, with its host."
-        behind = _behind([self._mine(), *others])
-        if not behind:
+        last = behind([self._mine(), *others])
+        if not last:
             return f"{head}, and so are all others: devices or the network between them hang."
         names = [
-            "this process" if each["index"] == self._index else f"{_name(each)}, {_where(each)}"
-            for each in behind
+            "this process" if each.index == self._index else f"{each}, {each.place}"
+            for each in last
         ]
         return f"{head}. What holds all up is {'; '.join(names)}."
 
@@ -207,14 +206,14 @@ class Watch:
             _tell(f"a computation of all processes failed ({words[:160]}); who is gone?")
             gone = self._gone()
             if gone:
-                names = "; ".join(f"{_name(each)}, which was {_where(each)}" for each in gone)
+                names = "; ".join(f"{each}, which was {each.place}" for each in gone)
                 self._leave(f"lost {names}: killed, or its host is gone.")
                 return
-        report = self._mine() | {"error": f"{type(error).__name__}: {words}"}
-        _tell(f"{_name(report)} fails: {report['error']}")
+        report = dataclasses.replace(self._mine(), error=f"{type(error).__name__}: {words}")
+        _tell(f"{report} fails: {report.error}")
         with contextlib.suppress(OSError):  # the error itself may be that nothing can be written
             if self._failed() is None:
-                _replace(self._folder / FAILED, report)
+                report.write(self._folder / FAILED)
                 time.sleep(2 * self.interval)
 
     def _gone(self) -> list[Report]:
@@ -223,7 +222,7 @@ class Watch:
         end = self._clock() + (SILENT + 2) * self.interval
         while self._clock() < end:
             failed = self._failed()
-            gone = [failed] if failed else [each for each in self._others() if _is_dead_here(each)]
+            gone = [failed] if failed else [each for each in self._others() if each.is_dead_here]
             self._listen()
             gone = gone or self._silent()
             if gone:
@@ -249,25 +248,15 @@ class Watch:
         return self._folder / f"{index}.json"
 
     def _mine(self) -> Report:
-        phase, step = self._place
-        return {
-            "index": self._index,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "phase": phase,
-            "step": step,
-            "idle_seconds": round(self._idle, 3),
-            "time": round(time.time(), 3),
-            "beat": self._beat,
-        }
+        return report_of(self._index, *self._place, self._beat)
 
     def _write(self) -> None:
         self._beat += 1
-        _replace(self._file(self._index), self._mine())
+        self._mine().write(self._file(self._index))
 
     def _others(self) -> list[Report]:
         indices = (index for index in range(self._count) if index != self._index)
-        found = [_read(self._file(index)) for index in indices]
+        found = [read_report(self._file(index)) for index in indices]
         return [report for report in found if report is not None]
 
     def _failed(self) -> Report | None:
@@ -278,19 +267,8 @@ class Watch:
                 return None
         except FileNotFoundError:
             return None
-        report = _read(path)
-        return None if report is None or report["index"] == self._index else report
-
-
-def _behind(reports: list[Report]) -> list[Report]:
-    """Those that the others wait for; [] where all are at the same place."""
-    places = {(report["step"] or 0, report["phase"]) for report in reports}
-    if len(places) == 1:
-        return []
-    least = min(report["step"] or 0 for report in reports)
-    behind = [report for report in reports if (report["step"] or 0) == least]
-    alone = [report for report in behind if report["phase"] != "computing"]
-    return alone or behind
+        report = read_report(path)
+        return None if report is None or report.index == self._index else report
 
 
 def _is_of_a_collective(error: Exception) -> bool:
@@ -299,40 +277,5 @@ def _is_of_a_collective(error: Exception) -> bool:
     return any(word in words for word in ("Gloo", "NCCL", "collective", "UNAVAILABLE", "barrier"))
 
 
-def _is_dead_here(report: Report) -> bool:
-    """Whether that process ran on this host and is no more."""
-    if report["host"] != socket.gethostname():
-        return False
-    try:
-        stat = Path(f"/proc/{report['pid']}/stat").read_text()
-    except FileNotFoundError:
-        return Path("/proc/self").exists()  # on other systems than Linux nobody can tell so
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] in "ZX"
-
-
-def _name(report: Report) -> str:
-    return f"process {report['index']} (pid {report['pid']} on {report['host']})"
-
-
-def _where(report: Report) -> str:
-    step = report["step"]
-    return report["phase"] if step is None else f"{report['phase']}, step {step}"
-
-
 def _tell(text: str) -> None:
     print(f"\n{text}", file=sys.stderr, flush=True)
-
-
-def _replace(path: Path, report: Report) -> None:
-    partial = path.with_suffix(f".{report['index']}.partial")
-    partial.write_text(json.dumps(report) + "\n")
-    os.replace(partial, path)
-
-
-def _read(path: Path) -> Report | None:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        return None

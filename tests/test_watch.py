@@ -1,5 +1,6 @@
 """A process that waits for ever ends, and names the one that holds all up."""
 
+import dataclasses
 import json
 import os
 import socket
@@ -9,8 +10,8 @@ import time
 
 import pytest
 
-from ccl_jax import watch as watching
 from ccl_jax.watch import FAILED, FOLDER, INTERVAL, PATIENT, STALLED, Watch
+from ccl_jax.whereabouts import Report, report_of
 
 
 class Clock:
@@ -177,7 +178,7 @@ def test_an_error_of_one_process_ends_the_others_with_its_name_and_words(run_of,
 
 def test_an_error_of_an_earlier_start_ends_nobody(run_of, tmp_path):
     run = run_of(2)
-    (run.folder / FAILED).write_text(json.dumps({"index": 1, "error": "old"}))
+    dataclasses.replace(report_of(1, "computing", 1, 1), error="old").write(run.folder / FAILED)
     run.watches[0]._since = (run.folder / FAILED).stat().st_mtime + 1
     run.goes_on(INTERVAL, 0)
     assert run.ended == []
@@ -189,13 +190,12 @@ GLOO = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:2
 def test_a_failed_collective_names_the_process_of_this_host_that_is_gone(run_of, capsys):
     run = run_of(2)
     process = subprocess.Popen([sys.executable, "-c", ""])
-    run.watches[1]._write()
-    report = json.loads((run.folder / "1.json").read_text())
-    report |= {"pid": process.pid, "phase": "computing", "step": 4}
-    (run.folder / "1.json").write_text(json.dumps(report))
-    while not watching._is_dead_here(report):
-        pass  # a zombie, until somebody waits for it
+    report = dataclasses.replace(report_of(1, "computing", 4, 1), pid=process.pid)
+    report.write(run.folder / "1.json")
+    while not report.is_dead_here:
+        time.monotonic()  # a zombie, until somebody waits for it
     process.wait()
+    assert report.is_dead_here
     with pytest.raises(ValueError), run.watches[0]:
         raise ValueError(GLOO)
     assert run.ended == [(0, STALLED)]
@@ -208,7 +208,7 @@ def test_a_failed_collective_names_the_process_of_another_host_that_is_silent(
 ):
     run = run_of(3)
     monkeypatch.setattr(time, "sleep", lambda _: run.goes_on(INTERVAL, 0, 1))
-    monkeypatch.setattr(watching, "_is_dead_here", lambda report: False)
+    monkeypatch.setattr(Report, "is_dead_here", False)
     with pytest.raises(ValueError), run.watches[1]:
         raise ValueError(GLOO)
     assert run.ended == [(1, STALLED)]
