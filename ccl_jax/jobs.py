@@ -1,9 +1,8 @@
 """The jobs behind the door: each takes a validated config apart and calls the plain functions."""
 
 import contextlib
+import dataclasses
 import functools
-import shlex
-import sys
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ccl_jax import baseline, mesh, report, settings, setup
+from ccl_jax import baseline, follow, mesh, notices, report, settings, setup
 from ccl_jax.ahead import Ahead
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
@@ -25,7 +24,7 @@ from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.pretraining.run import WEIGHTS, Look, check_recipe, pretrain
 from ccl_jax.provenance import provenance
-from ccl_jax.scoring import Scorer, map_settings_of
+from ccl_jax.scoring import Scorer, Scorers, architecture_of, map_settings_of
 from ccl_jax.signals import Stopped, StopRequest
 from ccl_jax.state import TrainState, join
 from ccl_jax.train import train
@@ -44,15 +43,8 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 split = read_split(config)
             train_in(config, workdir, where, split, stop)
     except Stopped as stopped:
-        return unfinished(config, stopped)
+        return notices.unfinished(config, stopped)
     return 0
-
-
-def unfinished(config: ConfigDict, stopped: Stopped) -> int:
-    """Says how to go on, and returns the exit status of a run that was asked to stop."""
-    command = shlex.join(sys.orig_argv)
-    print(f"{stopped}; run the same command to go on: {command}", flush=True)
-    return config.run.unfinished_exit_code or 128 + stopped.signal
 
 
 def train_in(
@@ -64,50 +56,37 @@ def train_in(
 ) -> None:
     """Trains and evaluates until all is done; raises `Stopped` where a signal ended it before."""
     start = time.perf_counter()
-    total, per_epoch = settings.total_steps(config, len(split.train))
+    total, _ = settings.total_steps(config, len(split.train))
     with (
         lock_workdir(workdir) if mesh.is_first() else contextlib.nullcontext(),
         setup.watch(config, workdir) as watch,
+        Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
     ):
-        with (
-            Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
-        ):
-            fresh = checkpoints.latest is None
-            mesh.barrier("all have looked")  # before the first process writes
-            config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
-            if mesh.is_first():
-                setup.settle_workdir(config, workdir, split, fresh=fresh)
-            training = setup.set_up(config, workdir, where, total, fresh=fresh)
-            state = setup.first_or_saved(training, checkpoints, where)
-            done = int(state.step)
-            setup.begin(workdir, done, total)
-            mesh.say(
-                f"{config.name}: {len(split.train)} training images of {len(split.class_names)} "
-                f"classes, {total} steps of {config.train.batch_size} images "
-                f"({total / per_epoch:.1f} epochs) on {where.size} x {jax.devices()[0].device_kind}"
-                + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
-                + (f", continuing at step {done}" if done else "")
-            )
-            cache = setup.decoded_cache(config, split)
+        fresh = checkpoints.latest is None
+        mesh.barrier("all have looked")  # before the first process writes
+        config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
+        if mesh.is_first():
+            setup.settle_workdir(config, workdir, split, fresh=fresh)
+        training = setup.set_up(config, workdir, where, total, fresh=fresh)
+        state = setup.first_or_saved(training, checkpoints, where)
+        done = int(state.step)
+        notices.begin(config, workdir, split, where, done=done, total=total)
+        cache = setup.decoded_cache(config, split)
 
-            def evaluation(number: int, state: TrainState) -> None:
-                variables = join(training.frozen, state.params, state.batch_stats)
-                maps = map_settings_of(config.to_dict())
-                scorer = Scorer(
-                    training.graphdef, *variables, maps, where, number, training.encoder
-                )
-                seconds = time.perf_counter() - start
-                again = cache if config.eval.every_steps else None  # kept images pay when reread
-                saved = f"saved step {number} of {total}, whose evaluation is missing"
-                check = functools.partial(check_together, stop, saved)
-                with watch.during("evaluating", number):
-                    evaluate_and_print(
-                        config, workdir, scorer, split, seconds, again, watch.over(check)
-                    )
+        def evaluation(number: int, state: TrainState) -> dict[str, float]:
+            variables = join(training.frozen, state.params, state.batch_stats)
+            maps = map_settings_of(config.to_dict())
+            scorer = Scorer(training.graphdef, *variables, maps, where, number, training.encoder)
+            seconds = time.perf_counter() - start
+            again = cache if config.eval.every_steps else None  # kept images pay when reread
+            saved = f"saved step {number} of {total}, whose evaluation is missing"
+            over = watch.over(functools.partial(check_together, stop, saved))
+            with watch.during("evaluating", number):
+                return evaluate_and_print(config, workdir, scorer, split, seconds, again, over)
 
+        with setup.run_log(config, workdir, where, total, done) as log:
             try:
                 with (
-                    setup.run_log(config, workdir, where, total, done) as log,
                     setup.train_batches(config, workdir, split, done, cache, log) as batches,
                     Ahead(batches, where) as sent,
                 ):
@@ -124,19 +103,21 @@ def train_in(
                         stop=stop,
                         watch=watch,
                     )
-                    checkpoints.wait()
-                    if int(state.step) == total:
-                        setup.mark_complete(workdir, total, log)
             finally:
                 print_skipped(workdir)
+            checkpoints.wait()
             mesh.barrier("the training has ended")
-        if int(state.step) < total:
-            stop.check(f"saved step {int(state.step)} of {total}")
-        evaluation(total, state)
+            if int(state.step) < total:
+                stop.check(f"saved step {int(state.step)} of {total}")
+            notices.mark_complete(workdir, total, log)
+            log.finish()
+            log.write(total, evaluation(total, state))
 
 
 def evaluate_job(config: ConfigDict, workdir: Path) -> int:
-    """Evaluates a checkpoint of `workdir`."""
+    """Evaluates a checkpoint of `workdir`, or follows the training there."""
+    if config.eval.follow:
+        return follow_job(config, workdir)
     start = time.perf_counter()
     setup.devices_of(config, "eval.batch_size")
     setup.check_same_model(config, workdir)
@@ -145,6 +126,41 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
     scorer = scorer_of(workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices)
     evaluate_and_print(config, workdir, scorer, split, time.perf_counter() - start)
     return 0
+
+
+def follow_job(config: ConfigDict, workdir: Path) -> int:
+    """Evaluates every checkpoint of the training in `workdir` as it comes; see `follow`."""
+    start = time.perf_counter()
+    setup.devices_of(config, "eval.batch_size")
+    check_writable(workdir, "--workdir")
+    maps = map_settings_of(config.to_dict())
+
+    def opened() -> follow.Evaluator:  # the training has prepared its data by then
+        setup.check_same_model(config, workdir)
+        split = read_split(config)
+        cache = DecodedCache(int(config.data.cache_gib * 2**30))
+        architecture = architecture_of(config.to_dict())
+        scorers = Scorers(
+            workdir, architecture=architecture, settings=maps, devices=config.run.devices
+        )
+
+        def evaluated(scorer: Scorer) -> None:
+            seconds = time.perf_counter() - start
+            over = functools.partial(follow.until_stopped, stop=stop)
+            evaluate_and_print(config, workdir, scorer, split, seconds, cache, over)
+
+        return follow.Evaluator(scorers.at, evaluated)
+
+    with StopRequest(config.run.stop_signals) as stop:
+        return follow.follow(
+            workdir,
+            opened,
+            conventions=dataclasses.asdict(conventions_of(config)) | dataclasses.asdict(maps),
+            poll_seconds=config.eval.poll_seconds,
+            patience=config.eval.follow_patience,
+            stop=stop,
+            tensorboard=config.run.tensorboard,
+        )
 
 
 def predict_job(config: ConfigDict, workdir: Path) -> int:
@@ -205,7 +221,7 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
             print(f"{name}: {plan.steps} steps of {recipe.batch_size} images", flush=True)
             written = pretrain(folder, recipe, plan, begin=begin, where=where, look=look, stop=stop)
             if written is None and stop.signal is not None:
-                return unfinished(config, Stopped(stop.signal, "saved"))
+                return notices.unfinished(config, Stopped(stop.signal, "saved"))
             begin = folder / WEIGHTS
     print(f"{begin}: sha256 {written}, for config.encoder.weights")
     return 0
@@ -230,10 +246,11 @@ def evaluate_and_print(
     seconds: float,
     cache: DecodedCache | None = None,
     over: Callable[[Iterable[dict[str, np.ndarray]]], Iterable[dict[str, np.ndarray]]] = iter,
-) -> None:
+) -> dict[str, float]:
     """Evaluates a scorer on the test images, and prints the table and where the rest is.
 
-    `cache` keeps the test images for the next evaluation; `over` goes over the batches.
+    Returns the mean metrics as they are logged. `cache` keeps the test images for the next
+    evaluation; `over` goes over the batches, and may raise between two of them.
     """
     folder = workdir / "evaluation" / str(scorer.step)
     with pipeline.evaluation_batches(
@@ -251,12 +268,7 @@ def evaluate_and_print(
             split.test,
             over(batches),
             split.class_names,
-            conventions=Conventions(
-                image_label=config.eval.image_label,
-                aupro_fpr_limit=config.eval.aupro_fpr_limit,
-                figures_per_class=config.eval.figures_per_class,
-                published_metrics=config.eval.published_metrics,
-            ),
+            conventions=conventions_of(config),
             folder=folder,
             dataset=config.data.name or " + ".join(sorted({r.dataset for r in split.test})),
             provenance={
@@ -271,4 +283,16 @@ def evaluate_and_print(
         lines.append(f"{folder}/results.md: also {names}")
     pictures = ": figures" if config.eval.figures_per_class else ""
     lines.append(f"{folder}/report.html{pictures}")
-    print("\n" + "\n".join(lines))
+    mesh.say("\n" + "\n".join(lines))
+    mean = results["mean"].items()
+    return {f"evaluation/{name}": value for name, value in mean if value is not None}
+
+
+def conventions_of(config: ConfigDict) -> Conventions:
+    """How the config wants metrics to be made."""
+    return Conventions(
+        image_label=config.eval.image_label,
+        aupro_fpr_limit=config.eval.aupro_fpr_limit,
+        figures_per_class=config.eval.figures_per_class,
+        published_metrics=config.eval.published_metrics,
+    )

@@ -22,8 +22,8 @@ class RunLog:
     """The log of a run, `folder/metrics.jsonl` and TensorBoard events; use it as a context manager.
 
     A run that resumes at `start_step` appends, after what a killed run logged beyond that step is
-    taken out: each step appears once. Of several processes only the first writes, or shows more
-    than its notes.
+    taken out: each training step appears once, evaluations in lines of their own. Of several
+    processes only the first writes, or shows more than its notes.
     """
 
     def __init__(
@@ -109,6 +109,10 @@ class RunLog:
         self._step = step
         if slow is not None and self._speaks_of(slow):
             self.note(f"step {step} {slow}")
+
+    def finish(self) -> None:
+        """Takes the progress bar away: no steps follow."""
+        self._bar.close()
 
     def summary(self) -> dict[str, float]:
         """`seconds` since the very first start, `step_seconds` and `goodput`; {} but in the first.

@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +30,6 @@ from ccl_jax.state import (
 from ccl_jax.throughput import device_peak
 from ccl_jax.train import make_train_step
 from ccl_jax.watch import Watch
-
-COMPLETE = "complete.json"  # of a workdir whose training is done
 
 
 class Training(NamedTuple):
@@ -148,24 +145,6 @@ def watch(config: ConfigDict, workdir: Path) -> Watch:
         count=jax.process_count(),
         stall_seconds=config.run.stall_seconds,
     )
-
-
-def begin(workdir: Path, done: int, total: int) -> None:
-    """Takes the mark of a complete training away where steps are left."""
-    if jax.process_index() == 0 and done < total:
-        (workdir / COMPLETE).unlink(missing_ok=True)
-
-
-def mark_complete(workdir: Path, step: int, log: RunLog) -> None:
-    """Says in `complete.json` that the checkpoint of the last step is on disk.
-
-    {"step", "time" (Unix seconds), "seconds" since the very first start, "step_seconds" and
-    "goodput" of the log}; the first process writes it. The last evaluation may still be missing.
-    """
-    path = workdir / COMPLETE
-    if jax.process_index() == 0 and not path.exists():
-        mark = {"step": step, "time": round(time.time(), 3), **log.summary()}
-        write_atomically(path, json.dumps(mark, indent=2) + "\n")
 
 
 def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, fresh: bool) -> None:

@@ -5,7 +5,7 @@ state, the frozen encoder, the batch and the root key alone; everything else hap
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -151,7 +151,7 @@ def train(
     schedule: Schedule,
     checkpoints: Checkpoints,
     log: RunLog,
-    evaluate: Callable[[int, TrainState], None],
+    evaluate: Callable[[int, TrainState], Mapping[str, float]],
     stop: StopRequest,
     watch: Watch,
 ) -> TrainState:
@@ -161,7 +161,7 @@ def train(
     process of the run has received a signal, all after the same step. Raises FloatingPointError,
     naming step and term, where a loss or a gradient was not finite; the state before that step is
     saved. Whatever else stops a run of one process, such as a file that cannot be read, the steps
-    so far are saved too. An evaluation comes after a save.
+    so far are saved too. An evaluation comes after a save; what it returns is logged.
     """
     run = Loop(where, checkpoints, log, watch)
     vote = Vote(stop, where)
@@ -185,7 +185,8 @@ def train(
                 run.save(done, state)
             if evaluates:
                 with log.paused():
-                    evaluate(done, state)
+                    found = evaluate(done, state)
+                log.write(done, found)
         except (ValueError, OSError, KeyboardInterrupt):  # e.g. a file that cannot be read
             # Of several processes this may be the only one here, and a save needs all.
             if not vote.needed and not state.step.is_deleted() and int(state.step) > 0:

@@ -8,8 +8,8 @@ from ccl_jax.mesh import CLUSTERS
 from ccl_jax.metrics.conventions import CONVENTIONS
 from ccl_jax.models.pretrained import check_builtin
 from ccl_jax.problems import Problems, is_integer, is_number
-from ccl_jax.signals import SIGNALS
 from ccl_jax.validation_pretraining import check_pretraining
+from ccl_jax.validation_run import check_faults
 
 ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
@@ -35,6 +35,7 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
         _evaluate_and_predict,
         check_pretraining,
         _run,
+        check_faults,
     ):
         check(problems)
     if not problems.lines:
@@ -232,6 +233,9 @@ def _evaluate_and_predict(p: Problems) -> None:
     )
     p.integer("eval.figures_per_class", 0, 4)
     p.integer("eval.step", -1, -1)
+    p.check("eval.follow", lambda v: isinstance(v, bool), "True or False", True)
+    p.number("eval.poll_seconds", 0.0, 1e6, 10.0, above=True)
+    p.number("eval.follow_patience", 0.0, 1e9, 3600.0)
     p.check("predict.input", lambda v: isinstance(v, str), "a file or a folder", "photos/")
     p.check("predict.output", lambda v: isinstance(v, str), "a folder", "predictions/")
     p.integer("predict.batch_size", 1, 8)
@@ -255,25 +259,6 @@ def _run(p: Problems) -> None:
     p.integer("run.workers", 0, 0)
     for key in ("progress", "tensorboard"):
         p.check(f"run.{key}", lambda v: isinstance(v, bool), "True or False", True)
-    p.check(
-        "run.stop_signals",
-        lambda v: isinstance(v, tuple) and all(name in SIGNALS for name in v),
-        f"a tuple of names out of {', '.join(SIGNALS)}",
-        "\"('SIGINT','SIGTERM')\"",
-    )
-    p.check(
-        "run.unfinished_exit_code",
-        lambda v: is_integer(v) and (v == 0 or 3 <= v <= 125),
-        "in 3 .. 125, or 0 for 128 + the signal's number",
-        75,
-    )
-    p.check(
-        "run.stall_seconds",
-        lambda v: is_number(v) and (v == 0 or v >= 1),
-        "seconds, at least 1, or 0 for never",
-        600.0,
-    )
-    p.number("run.peak_tflops", 0.0, 1e6, 989.0)
 
 
 def _together(p: Problems, config: ConfigDict) -> None:
@@ -307,13 +292,22 @@ def _together(p: Problems, config: ConfigDict) -> None:
             f"config.train.batch_size={config.train.batch_size}; use a divisor, e.g. "
             f"--config.model.norm_images={fit}, or 0 for the whole batch."
         )
-    if config.eval.pool > config.data.image_size:
-        p.lines.append(
-            f"config.eval.pool={config.eval.pool} is larger than the score map of "
-            f"{config.data.image_size} pixels, e.g. --config.eval.pool=16"
-        )
+    _evaluation_together(p, config)
     if 2 * (config.augment.blur_kernel // 2) >= 2 * config.data.image_size:
         p.lines.append(
             f"config.augment.blur_kernel={config.augment.blur_kernel} reaches beyond the reflected "
             f"border of an image of {config.data.image_size} pixels; use a smaller one."
+        )
+
+
+def _evaluation_together(p: Problems, config: ConfigDict) -> None:
+    if config.eval.follow and config.eval.step != -1:
+        p.lines.append(
+            f"config.eval.step={config.eval.step} names one checkpoint, config.eval.follow=True "
+            f"takes all as they come; leave out one of them, e.g. --config.eval.follow=False"
+        )
+    if config.eval.pool > config.data.image_size:
+        p.lines.append(
+            f"config.eval.pool={config.eval.pool} is larger than the score map of "
+            f"{config.data.image_size} pixels, e.g. --config.eval.pool=16"
         )

@@ -193,6 +193,11 @@ def evaluation() -> dict:
         "published_metrics": (),
         "figures_per_class": 4,  # test images on the figure sheet, half anomalous; 0: no figures
         "step": -1,  # checkpoint to evaluate; -1: the newest
+        "follow": False,  # of `--job evaluate`: every checkpoint of a running training as it comes
+        "poll_seconds": 10.0,  # between looks for one
+        # Seconds without a new checkpoint, and without a training in the workdir, after which a
+        # follower gives up; 0: it waits without end.
+        "follow_patience": 3600.0,
     }
 
 

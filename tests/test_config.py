@@ -27,7 +27,7 @@ def test_every_setting_is_read_somewhere_in_the_package():
     text = "\n".join(
         path.read_text()
         for path in (ROOT / "ccl_jax").rglob("*.py")
-        if path.name != "validation.py"  # which names them all
+        if not path.name.startswith("validation")  # which name them all
     )
     handed_on = ("synthetic.", "augment.", "pretrain.")  # whole sections, as keyword arguments
     # The names that a section or its last key goes by where it is read.
@@ -133,6 +133,9 @@ BAD = {
     "eval.aupro_fpr_limit": 0.0,
     "eval.figures_per_class": -1,
     "eval.step": -2,
+    "eval.follow": "yes",
+    "eval.poll_seconds": 0.0,
+    "eval.follow_patience": -1.0,
     "predict.batch_size": 0,
     "pretrain.kinds": ("photos",),
     "pretrain.per_kind": 0,
@@ -197,6 +200,7 @@ def test_all_illegal_values_are_told_at_once():
         ({"model.projector": "none"}, "local loss nothing to train"),
         ({"model.norm_images": 6}, "--config.model.norm_images=4, or 0"),
         ({"eval.pool": 200}, "larger than the score map"),
+        ({"eval.follow": True, "eval.step": 5}, r"eval\.step=5 names one checkpoint"),
         ({"model.encoder": "resnet34"}, "add --config.model.encoder=resnet18"),  # builtin
         ({"augment.blur_kernel": 301}, "reaches beyond"),
         ({"pretrain.episodes.sound": 8}, r"episodes\.sound=8 leaves none of 8 images"),

@@ -15,15 +15,17 @@ LAYERS = {
     **dict.fromkeys(("data", "metrics", "models"), 0),  # each may import itself
     **dict.fromkeys(("state", "mesh", "checkpoint", "run_log", "workdir", "report"), 1),
     **dict.fromkeys(("losses", "provenance", "signals", "watch"), 1),
-    "pseudo_labels": 1,
+    **dict.fromkeys(("pseudo_labels", "evaluation_log"), 1),
     **dict.fromkeys(("scoring", "ahead", "objective"), 2),  # what evaluate, predict and train share
     "loop": 2,
-    **dict.fromkeys(("train", "evaluate", "predict"), 3),
+    **dict.fromkeys(("train", "evaluate", "predict", "follow"), 3),
     **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
     **dict.fromkeys(
         ("main", "config", "validation", "validation_pretraining", "problems", "settings"), 4
     ),
-    **dict.fromkeys(("setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4),
+    **dict.fromkeys(
+        ("notices", "setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4
+    ),
 }
 DOOR = 4
 

@@ -238,8 +238,13 @@ def test_stop_and_resume_equals_straight_through_bit_for_bit(tiny_config, tmp_pa
         for name in ("straight", "stopped")
     ]
     assert scores[0] == scores[1]
-    lines = (tmp_path / "stopped/log/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [2, 3, 4]
+    text = (tmp_path / "stopped/log/metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 3, 4]
+    (evaluated,) = [line for line in lines if "evaluation/image_auroc" in line]
+    mean = json.loads((tmp_path / "stopped/evaluation/4/results.json").read_text())["mean"]
+    assert evaluated["step"] == 4
+    assert {name: evaluated[f"evaluation/{name}"] for name in mean} == mean
 
 
 def test_a_signal_is_noted_once_and_handlers_come_back():

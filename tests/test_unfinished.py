@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from ccl_jax import jobs, main, mesh, setup
+from ccl_jax import follow, jobs, main, mesh, notices
+from ccl_jax.datasets import read_split
 from ccl_jax.scoring import Scorer
 
 
@@ -72,14 +73,20 @@ def test_a_signal_during_the_preparation_of_data_ends_it_at_once(
     assert not (tmp_path / "run").exists()
 
 
-def test_steps_that_are_left_take_the_mark_of_a_complete_training_away(tmp_path):
-    mark = tmp_path / setup.COMPLETE
+def test_steps_that_are_left_take_the_mark_of_a_complete_training_away(
+    tiny_config, photos, tmp_path, capsys
+):
+    split, where = read_split(tiny_config), mesh.make_mesh(1)
+    mark = tmp_path / follow.COMPLETE
     mark.write_text("{}")
-    setup.begin(tmp_path, 4, 4)
+    notices.begin(tiny_config, tmp_path, split, where, done=4, total=4)
     assert mark.exists()
-    setup.begin(tmp_path, 3, 4)
-    assert not mark.exists()
-    setup.begin(tmp_path, 0, 4)
+    for _ in range(2):
+        notices.begin(tiny_config, tmp_path, split, where, done=3, total=4)
+        assert not mark.exists()
+    assert "4 steps of 4 images (2.0 epochs) on 1 x cpu, continuing at step 3" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
