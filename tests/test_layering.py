@@ -23,9 +23,8 @@ LAYERS = {
     **dict.fromkeys(
         ("main", "config", "validation", "validation_pretraining", "problems", "settings"), 4
     ),
-    **dict.fromkeys(
-        ("notices", "setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4
-    ),
+    **dict.fromkeys(("setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4),
+    **dict.fromkeys(("notices", "validation_run"), 4),
 }
 DOOR = 4
 
