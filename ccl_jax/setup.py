@@ -27,7 +27,9 @@ from ccl_jax.state import (
     purpose_key,
     read_encoder,
 )
+from ccl_jax.throughput import device_peak
 from ccl_jax.train import make_train_step
+from ccl_jax.watch import Watch
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops"
 
@@ -152,16 +154,28 @@ def set_up(
 
 
 def run_log(
-    config: ConfigDict, workdir: Path, total: int, done: int, *, progress: bool = True
+    config: ConfigDict, workdir: Path, where: jax.sharding.Mesh, total: int, done: int
 ) -> RunLog:
-    """The log of a training that begins at step `done`; `progress` False shows no bar."""
+    """The log of a training that begins at step `done`."""
     return RunLog(
         workdir / "log",
         total_steps=total,
         start_step=done,
         images_per_step=config.train.batch_size,
         tensorboard=config.run.tensorboard,
-        progress=progress and config.run.progress,
+        progress=config.run.progress,
+        devices=where.size,
+        peak=device_peak(where, config.model.compute_dtype, config.run.peak_tflops),
+    )
+
+
+def watch(config: ConfigDict, workdir: Path) -> Watch:
+    """Ends this process where the run in `workdir` stands still."""
+    return Watch(
+        workdir,
+        index=jax.process_index(),
+        count=jax.process_count(),
+        stall_seconds=config.run.stall_seconds,
     )
 
 
