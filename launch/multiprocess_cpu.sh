@@ -9,7 +9,7 @@ Usage: launch/multiprocess_cpu.sh --processes N [--devices-per-process K] [--gra
 
 Runs N processes of one training, each with K CPU devices (1), and prefixes their output with
 [number]. SIGTERM and SIGINT go to all of them. Once one has failed, the others have --grace seconds
-(60) to notice by themselves and to name it; then they get SIGTERM and, 10 s later, SIGKILL. The
+(60) to notice by themselves and to name it; then they get SIGTERM and, as much later, SIGKILL. The
 exit status is 0 if all end with 0, else that of the first that did not, so 143 if all were stopped.
 Every further argument goes to python -m ccl_jax.main.
 
@@ -60,7 +60,7 @@ for ((number = 0; number < processes; number++)); do
 done
 
 # Polled, because `wait -n` cannot tell a signal to this script from a process that it ended.
-status=0 failed_at=
+status=0 failed_at= told=
 while [[ ${#pids[@]} -gt 0 ]]; do
   running=()
   for pid in "${pids[@]}"; do
@@ -76,10 +76,10 @@ while [[ ${#pids[@]} -gt 0 ]]; do
   done
   pids=("${running[@]}")
   if [[ -n $failed_at && ${#pids[@]} -gt 0 ]]; then
-    waited=$((SECONDS - failed_at - grace))
-    if [[ $waited -ge 10 ]]; then
+    waited=$((SECONDS - failed_at))
+    if [[ $waited -gt $((2 * grace)) ]]; then
       forward KILL
-    elif [[ $waited -ge 0 && -z ${told:-} ]]; then
+    elif [[ $waited -gt $grace && -z $told ]]; then
       forward TERM
       told=yes
     fi
