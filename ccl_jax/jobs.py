@@ -5,7 +5,8 @@ from pathlib import Path
 
 import jax
 
-from ccl_jax import baseline, mesh, report, settings, setup
+from ccl_jax import baseline, report, settings, setup
+from ccl_jax.ahead import Ahead
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
@@ -63,7 +64,7 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 with (
                     setup.run_log(config, workdir, total, done) as log,
                     setup.train_batches(config, workdir, split, done, cache, log) as batches,
-                    mesh.Ahead(batches, where) as sent,
+                    Ahead(batches, where) as sent,
                 ):
                     state = train(
                         state,

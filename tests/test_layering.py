@@ -15,7 +15,7 @@ LAYERS = {
     **dict.fromkeys(("state", "mesh", "checkpoint", "run_log", "workdir", "report"), 1),
     **dict.fromkeys(("provenance", "signals"), 1),
     "pseudo_labels": 1,
-    "scoring": 2,  # what evaluate, predict and train share
+    **dict.fromkeys(("scoring", "ahead"), 2),  # what evaluate, predict and train share
     **dict.fromkeys(("train", "evaluate", "predict"), 3),
     **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
     **dict.fromkeys(("main", "config", "validation", "problems", "settings"), 4),
