@@ -59,7 +59,8 @@ tpu=(gcloud compute tpus tpu-vm)
 where=(--project="$PROJECT" --zone="$ZONE" --worker=all)
 on_all() { "${run[@]}" "${tpu[@]}" ssh "$TPU_NAME" "${where[@]}" --command="$1"; }
 
-# $$ stays the number of the process, because exec keeps it.
+# JAX does not recognise a host of Compute Engine by its environment: gcetpu lets it ask the metadata.
+start='.venv/bin/python -m ccl_jax.main --job train --config.run.cluster=gcetpu'
 case $what in
   install)
     folder=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -69,7 +70,8 @@ case $what in
     on_all "cd ccl_jax && ${PYTHON:-python3} -m venv .venv && .venv/bin/pip install -q -e '.[tpu]'"
     ;;
   train)
-    on_all "cd ccl_jax && echo \$\$ >train.pid && exec .venv/bin/python -m ccl_jax.main --job train$(printf ' %q' "$@")"
+    # exec keeps the number of the shell's process.
+    on_all "cd ccl_jax && echo \$\$ >train.pid && exec $start$(printf ' %q' "$@")"
     ;;
   stop)
     on_all 'kill -TERM "$(cat ccl_jax/train.pid)"'
