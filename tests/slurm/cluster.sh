@@ -10,8 +10,7 @@ up    starts munged, slurmctld and slurmd with all their state in DIR, waits for
       prints the line that lets this shell's sbatch, squeue and so on use it
 down  ends the daemons by the process ids that they wrote into DIR; the logs stay
 
-Needs root, Debian's slurm-wlm and munge (apt-get install slurm-wlm munge), and a DIR whose parents
-only their owner and root may write (munge insists; those of /tmp pass because of its sticky bit).
+Needs root, and Debian's slurm-wlm and munge (apt-get install slurm-wlm munge).
 CPUS=N offers N of them, true or not; without it as many as there are.
 TEXT
 }
@@ -64,25 +63,27 @@ CONF
 }
 
 up() {
+  trap down EXIT # unless all of them are there
   mkdir -p "$dir"/{munge,state,spool}
   dir=$(cd "$dir" && pwd -P)
   read -r controller daemon < <(free_ports 2)
   write_conf "$controller" "$daemon"
   mungekey --create --keyfile="$dir/munge/key"
-  munged --key-file="$dir/munge/key" --socket="$dir/munge/socket" \
+  # Forced, because munged wants its socket in a folder that everybody may enter; all are root here.
+  munged --force --key-file="$dir/munge/key" --socket="$dir/munge/socket" \
     --pid-file="$dir/munged.pid" --log-file="$dir/munged.log" --seed-file="$dir/munge/seed"
   export SLURM_CONF=$dir/slurm.conf
   slurmctld -c -f "$SLURM_CONF"
   slurmd -f "$SLURM_CONF"
   for _ in {1..60}; do
     if [[ $(sinfo --noheader --format=%T) == idle ]]; then
+      trap - EXIT
       echo "export SLURM_CONF=$SLURM_CONF"
       return
     fi
     sleep 0.5
   done
   echo "The node is not idle after 30 s; see $dir/*.log." >&2
-  down
   exit 1
 }
 
