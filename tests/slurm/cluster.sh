@@ -8,7 +8,8 @@ Usage: tests/slurm/cluster.sh up DIR | down DIR
 
 up    starts munged, slurmctld and slurmd with all their state in DIR, waits for the node, and
       prints the line that lets this shell's sbatch, squeue and so on use it
-down  ends the daemons by the process ids that they wrote into DIR; the logs stay
+down  cancels all jobs, then ends the daemons by the process ids that they wrote into DIR; the logs
+      stay
 
 Needs root, and Debian's slurm-wlm and munge (apt-get install slurm-wlm munge).
 CPUS=N offers N of them, true or not; without it as many as there are.
@@ -51,6 +52,7 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 JobCompType=jobcomp/filetxt
 JobCompLoc=$dir/jobs.txt
+KillWait=10
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=sched_interval=5,bf_interval=5
@@ -89,6 +91,17 @@ up() {
 
 down() {
   local daemon pid
+  export SLURM_CONF=$dir/slurm.conf
+  # slurmd leaves the jobs running when it ends.
+  if [[ -f $dir/slurmctld.pid ]]; then
+    squeue --noheader --format=%i | xargs --no-run-if-empty scancel || true
+    for _ in {1..100}; do
+      if [[ -z $(squeue --noheader) ]]; then
+        break
+      fi
+      sleep 0.2
+    done
+  fi
   for daemon in slurmd slurmctld munged; do
     if [[ ! -f $dir/$daemon.pid ]]; then
       continue
