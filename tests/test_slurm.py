@@ -16,7 +16,7 @@ CLUSTER = ROOT / "tests" / "slurm" / "cluster.sh"
 PATH = f"{os.environ['PATH']}:/usr/sbin"
 PROGRAMS = ("munged", "mungekey", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "srun")
 MISSING = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
-STEPS = 20
+STEPS = 12
 # Small enough for two processes on two cores.
 DEMO = [
     "--config=configs/demo.py",
@@ -28,9 +28,10 @@ DEMO = [
     f"--config.train.steps={STEPS}",
     "--config.model.projector=depthwise",
     "--config.train.batch_size=4",
-    "--config.train.checkpoint_every=4",
+    "--config.train.checkpoint_every=2",
     "--config.train.keep_checkpoints=100",
     "--config.eval.batch_size=8",
+    "--config.eval.figures_per_class=0",
     "--config.run.tensorboard=False",
     "--config.run.progress=False",
 ]
@@ -40,6 +41,11 @@ echo ready
 for _ in {1..600}; do sleep 0.1; done
 """
 NEVER_DONE = "#!/usr/bin/env bash\nexit 143\n"
+LOST_PROCESS = """#!/usr/bin/env bash
+if [[ $SLURM_PROCID == 1 ]]; then kill -KILL $$; fi
+sleep 2
+exit 70
+"""
 WRONG_SETTING = "#!/usr/bin/env bash\nexit 2\n"
 
 pytestmark = [
@@ -123,14 +129,14 @@ def test_training_of_two_tasks_is_stopped_requeued_resumed_and_completed(slurm, 
         XLA_FLAGS="--xla_backend_optimization_level=0",  # compiles in half the time
         JAX_COMPILATION_CACHE_DIR=str(tmp_path / "cache"),  # and once
     )
-    wait_until((workdir / "checkpoints" / "4").exists, "a checkpoint")
+    wait_until((workdir / "checkpoints" / "2").exists, "a checkpoint")
     slurm("scancel", "--signal=TERM", job.number)
     wait_until(lambda: job.says("status 143: requeued"), "requeued")
     wait_until(job.is_over, "over")
     log = job.log.read_text()
     saved = int(re.search(rf"SIGTERM: saved step (\d+) of {STEPS}", log)[1])
     resumed = int(re.search(r"continuing at step (\d+)", log)[1])
-    assert 4 <= saved == resumed < STEPS
+    assert 2 <= saved == resumed < STEPS
     assert (job.field("JobState"), job.field("ExitCode")) == ("COMPLETED", "0:0"), log
     assert job.field("Restarts") == "1"
     assert (workdir / "evaluation" / str(STEPS) / "results.json").exists()
@@ -152,6 +158,15 @@ def test_number_of_restarts_has_a_bound(slurm, tmp_path):
     wait_until(job.is_over, "over", 120)
     assert (job.field("JobState"), job.field("Restarts")) == ("FAILED", "1")
     assert job.says("status 143 after 1 restarts: not requeued")
+
+
+def test_lost_process_leaves_the_other_its_time_and_is_worth_a_restart(slurm, tmp_path):
+    job = Job(
+        slurm, tmp_path / "log", "x", PYTHON=program(tmp_path, LOST_PROCESS), MAX_RESTARTS="0"
+    )
+    wait_until(job.is_over, "over", 60)
+    assert job.says("Exited with exit code 70")
+    assert job.says("status 137 after 0 restarts: not requeued")
 
 
 def test_error_is_not_tried_again(slurm, tmp_path):
