@@ -77,7 +77,7 @@ up() {
   export SLURM_CONF=$dir/slurm.conf
   slurmctld -c -f "$SLURM_CONF"
   slurmd -f "$SLURM_CONF"
-  for _ in {1..60}; do
+  for _ in {1..120}; do
     if [[ $(sinfo --noheader --format=%T) == idle ]]; then
       trap - EXIT
       echo "export SLURM_CONF=$SLURM_CONF"
@@ -85,7 +85,7 @@ up() {
     fi
     sleep 0.5
   done
-  echo "The node is not idle after 30 s; see $dir/*.log." >&2
+  echo "The node is not idle after a minute; see $dir/*.log." >&2
   exit 1
 }
 
