@@ -1,33 +1,69 @@
-"""Checkpoints on disk: written in the background, compared with the model before they are read.
+"""Checkpoints on disk: written in the background, checked and compared before they are read.
 
 The only file that knows orbax (its v1 interface, which still moves between minor versions).
+A checkpoint carries the checksums of its files, written before it gets its name, so that whatever
+has its name can be checked. In a run of several processes all of them call every method, in the
+same order: the arrays are global, and each process writes and reads its part.
 """
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import tensorstore
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
+from ccl_jax import mesh, retention
+from ccl_jax.checksums import check_checksums, write_checksums
 from ccl_jax.models.trees import check_same_tree
 
 STATE = "state"  # folder within a step
+# Seconds for one checkpoint to be written. Where the disk refuses one process of several, that one
+# says so at once, and all of them end after this time: until then they wait for each other.
+TIMEOUT = 300
+
+
+class _Keep:
+    """What orbax asks which checkpoints to leave when a new one is being written."""
+
+    def __init__(self, evaluation: Path, newest: int, every: int, metric: str) -> None:
+        self._evaluation = evaluation
+        self._newest = newest
+        self._every = every
+        self._metric = metric
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether to keep each of these, ascending by step; the same in every process."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        best = None
+        if self._metric:  # evaluations may appear while this is asked: one process looks
+            found = None
+            if mesh.is_first():
+                found = retention.best_step(self._evaluation, self._metric, steps)
+            agreed = mesh.from_first(-1 if found is None else found)
+            best = None if agreed == -1 else agreed
+        kept = retention.kept_steps(steps, newest=self._newest, every=self._every, best=best)
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
     """The numbered checkpoints of one run, `folder/<step>/`; use it as a context manager.
 
-    With `keep` above 0 it writes, and keeps the newest `keep`; only one writer may be open. With
-    `keep` 0 it reads, changes nothing on disk, and may watch a folder that another process writes.
+    With `keep` above 0 it writes, and keeps the newest `keep`, the multiples of `keep_every` steps
+    (0: none), and the one whose evaluation beside `folder` has the highest mean of the metric
+    `keep_best` ("": none). Only one writer may be open. With `keep` 0 it reads, changes nothing on
+    disk, and may watch a folder that another process writes.
     Leaving the block waits for the last write. Raises ValueError where a reader finds no folder.
     """
 
-    def __init__(self, folder: Path, *, keep: int = 0) -> None:
+    def __init__(
+        self, folder: Path, *, keep: int = 0, keep_best: str = "", keep_every: int = 0
+    ) -> None:
         self.folder = folder.absolute()
         self.keep = keep
         if keep == 0 and not self.folder.is_dir():
@@ -35,9 +71,17 @@ class Checkpoints:
                 f"{folder} does not exist, so there is nothing to read; name the workdir of a run "
                 f"that has saved a checkpoint (--workdir), or train first (--job train)."
             )
-        newest = ocp.training.preservation_policies.LatestN(keep) if keep else None
+        self._writing = -1  # the step, for the thread that ends its write
+        evaluation = self.folder.parent / "evaluation"
+        context = ocp.Context()
+        context.async_options.timeout_secs = TIMEOUT
+        # A function, because orbax copies its options, and a method's object with them.
+        context.async_options.post_finalization_callback = lambda: self._add_checksums()
         self._checkpointer = ocp.training.Checkpointer(
-            self.folder, preservation_policy=newest, cleanup_tmp_directories=keep > 0
+            self.folder,
+            preservation_policy=_Keep(evaluation, keep, keep_every, keep_best) if keep else None,
+            cleanup_tmp_directories=keep > 0,
+            context=context,
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -60,25 +104,77 @@ class Checkpoints:
 
     @property
     def latest(self) -> int | None:
-        """The newest step that has a checkpoint; None where there is none."""
-        return max(self.steps(), default=None)
+        """The newest step that has a checkpoint, damaged or not; None where there is none."""
+        newest = mesh.from_first(max(self.steps(), default=-1))
+        return None if newest == -1 else newest
 
     def choose(self, step: int = -1) -> int:
-        """Returns `step`, or the newest one for -1; ValueError where it has no checkpoint."""
+        """Returns `step`, or for -1 the newest whose files are as they were written.
+
+        Newer ones that are damaged are named on the way, and a writer puts them aside, so that
+        their steps can be saved again. Raises ValueError where `step` has no checkpoint, where
+        there is none at all, or where all are damaged.
+        """
         steps = self.steps()
-        if not steps:
+        if self.latest is None:
             raise ValueError(
                 f"{self.folder} holds no finished checkpoint; train first, or wait for the first "
                 f"one (every config.train.checkpoint_every steps)."
             )
         if step == -1:
-            return steps[-1]
+            return self._newest_sound()
         if step not in steps:
             raise ValueError(
                 f"{self.folder} has no checkpoint of step {step}; there are {_listed(steps)}. "
                 f"Name one of these, or -1 for the newest."
             )
         return step
+
+    def _newest_sound(self) -> int:
+        """The newest undamaged step, found by the first process; the others take its word."""
+        sound, damaged = -1, {}
+        if mesh.is_first():
+            for step in reversed(self.steps()):
+                error = self._damage(step)
+                if error is None:
+                    sound = step
+                    break
+                damaged[step] = error
+            for step, error in damaged.items() if sound != -1 else ():
+                print(self._skip(step, _first_line(error), sound), flush=True)
+        agreed = mesh.from_first(sound)
+        if agreed == -1:
+            reasons = [f"{step}: {_first_line(error)}" for step, error in damaged.items()]
+            raise ValueError(
+                "\n  ".join([f"every checkpoint in {self.folder} is damaged:", *reasons])
+                + f"\nCopy one again from elsewhere, or put the folder aside to start from the "
+                f"beginning: mv {self.folder} {self.folder}-damaged."
+            ) from next(iter(damaged.values()), None)
+        if self.keep:
+            self._checkpointer.reload()  # without those that the first process put aside
+        return agreed
+
+    def _skip(self, step: int, reason: str, sound: int) -> str:
+        """Puts a damaged checkpoint aside where this is a writer; says what happened."""
+        path = self.folder / str(step)
+        line = f"the checkpoint {path} is damaged ({reason})"
+        if self.keep == 0:
+            return f"{line}; step {sound} is used instead"
+        return f"{line}; it was moved to {_put_aside(path)}, and step {sound} is used instead"
+
+    def _damage(self, step: int) -> Exception | None:
+        """What is wrong with the files of this checkpoint; None where nothing is."""
+        try:
+            check_checksums(self.folder / str(step) / STATE)
+            _check_files(self.folder / str(step) / STATE)
+        except Exception as error:  # a different type for every missing file
+            return error
+        return None
+
+    def _add_checksums(self) -> None:
+        """Adds the checksums to the written files; orbax names the step's folder after that."""
+        (written,) = self.folder.glob(f"{self._writing}.*")
+        write_checksums(written / STATE)
 
     def save(self, step: int, state: PyTree) -> bool:
         """Starts writing `state`; False, and nothing written, where the step has a checkpoint.
@@ -89,9 +185,11 @@ class Checkpoints:
         """
         if self.keep == 0:
             raise ValueError(f"{self.folder} was opened for reading; pass keep > 0 to write.")
-        if step in self.steps():
+        self.wait()
+        if mesh.from_first(step in self.steps()):
             return False
         with self._write_errors_explained():
+            self._writing = step
             self._checkpointer.save_async(step, state, checkpointable_name=STATE, force=True)
         return True
 
@@ -101,14 +199,14 @@ class Checkpoints:
             self._checkpointer.wait()
 
     def restore(self, step: int, abstract_state: PyTree) -> Any:
-        """Returns the state of `step` (-1: the newest), each leaf placed by its `sharding`.
+        """Returns the state of `step`, each leaf placed by its `sharding`, on any devices.
 
-        Every leaf of `abstract_state` is a `jax.ShapeDtypeStruct` with a sharding. Names, shapes
-        and dtypes are compared first. Raises ValueError where the step is not there, its files are
-        damaged, or it does not fit; the message names the folder, and every leaf that differs.
+        -1 takes the newest undamaged one, as `choose` does. Every leaf of `abstract_state` is a
+        `jax.ShapeDtypeStruct` with a sharding. Names, shapes and dtypes are compared first. Raises
+        ValueError where the step is not there, its files are damaged, or it does not fit; the
+        message names the folder, and every leaf that differs.
         """
-        self.wait()
-        step = self.choose(step)
+        step = self._choose_sound(step)
         self._compare(step, abstract_state, self._described(step))
         return self._read(
             step, lambda: self._checkpointer.load(step, abstract_state, checkpointable_name=STATE)
@@ -116,8 +214,7 @@ class Checkpoints:
 
     def restore_parts(self, step: int, parts: dict[str, PyTree]) -> dict[str, PyTree]:
         """Like `restore`, for some top-level parts of the state; the others are not read."""
-        self.wait()
-        step = self.choose(step)
+        step = self._choose_sound(step)
         stored = self._described(step)
         self._compare(step, parts, {name: stored[name] for name in parts if name in stored})
         only_these = ocp.Context()
@@ -129,14 +226,21 @@ class Checkpoints:
 
         return self._read(step, load)
 
+    def _choose_sound(self, step: int) -> int:
+        """`choose`, and a ValueError where the files of a step asked for by number are damaged."""
+        self.wait()
+        number = self.choose(step)
+        if step == -1:
+            return number
+        error = self._damage(step) if mesh.is_first() else None
+        if mesh.from_first(error is not None):
+            cause = error or ValueError("found by the first process")
+            raise ValueError(self._damaged_message(step, cause)) from error
+        return number
+
     def _described(self, step: int) -> dict[str, PyTree]:
-        """The tree of shapes and dtypes that the checkpoint itself states, its files checked."""
-
-        def load() -> dict[str, PyTree]:
-            _check_files(self.folder / str(step) / STATE)
-            return self._checkpointer.metadata(step).metadata
-
-        return self._read(step, load)
+        """The tree of shapes and dtypes that the checkpoint itself states."""
+        return self._read(step, lambda: self._checkpointer.metadata(step).metadata)
 
     def _compare(self, step: int, want: PyTree, stored: PyTree) -> None:
         try:
@@ -152,7 +256,9 @@ class Checkpoints:
         try:
             return load()
         except Exception as error:  # a different type for every missing file
-            cause = error
+            raise ValueError(self._damaged_message(step, error)) from error
+
+    def _damaged_message(self, step: int, cause: Exception) -> str:
         path = self.folder / str(step)
         others = [other for other in self.steps() if other != step]
         then = (
@@ -160,21 +266,22 @@ class Checkpoints:
             if others
             else "no other checkpoint is left, so the run then starts from the beginning"
         )
-        raise ValueError(
+        return (
             f"the checkpoint {path} is damaged or incomplete ({_first_line(cause)}). "
             f"Copy it again if it came from elsewhere, or put it aside: "
             f"mv {path} {self.folder.parent / f'damaged-{step}'} ({then})."
-        ) from cause
+        )
 
     @contextlib.contextmanager
     def _write_errors_explained(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # raised in a thread of orbax; the type depends on the storage
+            others = "Another process may have said more. " if jax.process_count() > 1 else ""
             raise OSError(
-                f"a checkpoint could not be written to {self.folder} ({_first_line(error)}). Check "
-                f"its disk (df -h {self.folder}), then start again with the same --workdir: the "
-                f"run continues from the newest complete checkpoint."
+                f"a checkpoint could not be written to {self.folder} ({_first_line(error)}). "
+                f"{others}Check its disk (df -h {self.folder}), then start again with the same "
+                f"--workdir: the run continues from the newest complete checkpoint."
             ) from error
 
 
@@ -182,8 +289,7 @@ def _check_files(folder: Path) -> None:
     """Raises ValueError or OSError where a file of the stored tree is missing or cut off.
 
     Reads the index, and the last byte of every array. Done before orbax reads, because its failed
-    reads leave tasks behind that later fill the terminal. Changed bytes within an array pass:
-    orbax writes no checksum of them.
+    reads leave tasks behind that later fill the terminal. For checkpoints without checksums.
     """
     json.loads((folder / "_METADATA").read_text())
     spec = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{folder}/"}}
@@ -193,6 +299,16 @@ def _check_files(folder: Path) -> None:
         raise ValueError("its index is missing")
     for read in [store.read(key, byte_range=slice(-1, None)) for key in keys]:
         read.result()
+
+
+def _put_aside(path: Path) -> Path:
+    """Moves a checkpoint to WORKDIR/damaged-<step>, or -2, -3 and so on; returns where it is."""
+    there = path.parent.parent / f"damaged-{path.name}"
+    number = 1
+    while there.exists():
+        number += 1
+        there = there.with_name(f"damaged-{path.name}-{number}")
+    return path.rename(there)
 
 
 def _first_line(error: BaseException) -> str:

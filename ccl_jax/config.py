@@ -29,6 +29,8 @@ HOW_TO_RUN = (
     "train.log_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.keep_best",
+    "train.keep_every",
     "eval",
     "predict",
     "published",

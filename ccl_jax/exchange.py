@@ -12,7 +12,6 @@ import numpy as np
 
 from ccl_jax import config as configs
 from ccl_jax import mesh, settings, setup
-from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
 from ccl_jax.models import pretrained, published
 from ccl_jax.models.trees import flatten, save_tree
@@ -131,7 +130,7 @@ def import_job(config: ConfigDict, workdir: Path) -> int:
         check_same_encoder(frozen, released.encoder, source, config.published.checkpoint)
         with (
             lock_workdir(workdir),
-            Checkpoints(workdir / "checkpoints", keep=config.train.keep_checkpoints) as checkpoints,
+            setup.checkpoints_of(config, workdir) as checkpoints,
         ):
             refuse_used(workdir)
             shutil.copytree(encoder, workdir / "encoder", dirs_exist_ok=True)

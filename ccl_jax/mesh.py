@@ -90,6 +90,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
+def is_alone() -> bool:
+    """Whether this process is the only one of its run; starts no device."""
+    return not jax.distributed.is_initialized() or jax.process_count() == 1
+
+
 def say(text: str) -> None:
     """Prints a line, in the first process only."""
     if is_first():

@@ -154,18 +154,18 @@ class Scorers:
         self._abstract = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
             {
+                "step": jax.ShapeDtypeStruct((), "int32"),
                 "params": split_parts(params, TRAINED),
                 "batch_stats": split_parts(batch_stats, TRAINED),
             },
         )
 
     def at(self, step: int) -> Scorer:
-        """The scorer of one checkpoint; `step` -1 takes the newest, for every process alike.
+        """The scorer of one checkpoint; `step` -1 takes the newest undamaged one.
 
         Raises ValueError where the checkpoint is missing, damaged, or does not fit.
         """
         with Checkpoints(self._folder) as checkpoints:
-            step = mesh.from_first(checkpoints.choose(step))
             parts = checkpoints.restore_parts(step, self._abstract)
         params, batch_stats = join(self._frozen, parts["params"], parts["batch_stats"])
         return Scorer(
@@ -174,7 +174,7 @@ class Scorers:
             batch_stats,
             self._settings,
             self._mesh,
-            step,
+            int(parts["step"]),
             self._provenance,
         )
 
@@ -182,7 +182,7 @@ class Scorers:
 def load_scorer(
     workdir: Path, *, architecture: Architecture, settings: MapSettings, step: int, devices: int
 ) -> Scorer:
-    """Reads encoder and checkpoint of a workdir; `step` -1 takes the newest.
+    """Reads encoder and checkpoint of a workdir; `step` -1 takes the newest undamaged one.
 
     Raises ValueError where a file is missing, changed, or does not fit the architecture.
     """

@@ -27,7 +27,11 @@ from ccl_jax.state import (
     purpose_key,
     read_encoder,
 )
+from ccl_jax.throughput import device_peak
 from ccl_jax.train import make_train_step
+from ccl_jax.watch import Watch
+
+DETERMINISTIC = "--xla_gpu_deterministic_ops"
 
 
 class Training(NamedTuple):
@@ -47,6 +51,8 @@ def devices_of(config: ConfigDict, *batches: str) -> jax.sharding.Mesh:
     Raises ValueError where they cannot divide one of the batch sizes, settings like
     "train.batch_size".
     """
+    if config.run.deterministic:
+        ask_for_deterministic_programs()
     mesh.initialize_distributed(config.run.cluster, heartbeat_seconds=config.run.heartbeat_seconds)
     where = mesh.make_mesh(config.run.devices, config.run.parameter_shards)
     sizes = dict(configs.flatten(config))
@@ -77,6 +83,34 @@ def with_negatives(config: ConfigDict, workdir: Path, devices: int, *, fresh: bo
         chosen = before.get("loss.local.negatives", chosen)
     config.loss.local.negatives = chosen
     return config
+
+
+def ask_for_deterministic_programs() -> None:
+    """Tells XLA to take only operations that give the same bits every time, on GPUs.
+
+    Sets the flag in XLA_FLAGS, which is read when the first device is used, so call it before that.
+    It leaves out autotuning, whose choice of kernels depends on measured times, and sums of
+    unsettled order. Programs for CPUs and TPUs give the same bits without it.
+    Raises ValueError where XLA_FLAGS already says the contrary.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    if f"{DETERMINISTIC}=false" in flags:
+        raise ValueError(
+            f"config.run.deterministic=True, but XLA_FLAGS={flags!r} says {DETERMINISTIC}=false; "
+            f"take it out there, or use --config.run.deterministic=False."
+        )
+    if DETERMINISTIC not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()
+
+
+def checkpoints_of(config: ConfigDict, workdir: Path) -> Checkpoints:
+    """The checkpoints of a workdir, to write; what is kept is as the config says."""
+    return Checkpoints(
+        workdir / "checkpoints",
+        keep=config.train.keep_checkpoints,
+        keep_best=config.train.keep_best,
+        keep_every=config.train.keep_every,
+    )
 
 
 def set_up(
@@ -120,16 +154,28 @@ def set_up(
 
 
 def run_log(
-    config: ConfigDict, workdir: Path, total: int, done: int, *, progress: bool = True
+    config: ConfigDict, workdir: Path, where: jax.sharding.Mesh, total: int, done: int
 ) -> RunLog:
-    """The log of a training that begins at step `done`; `progress` False shows no bar."""
+    """The log of a training that begins at step `done`."""
     return RunLog(
         workdir / "log",
         total_steps=total,
         start_step=done,
         images_per_step=config.train.batch_size,
         tensorboard=config.run.tensorboard,
-        progress=progress and config.run.progress,
+        progress=config.run.progress,
+        devices=where.size,
+        peak=device_peak(where, config.model.compute_dtype, config.run.peak_tflops),
+    )
+
+
+def watch(config: ConfigDict, workdir: Path) -> Watch:
+    """Ends this process where the run in `workdir` stands still."""
+    return Watch(
+        workdir,
+        index=jax.process_index(),
+        count=jax.process_count(),
+        stall_seconds=config.run.stall_seconds,
     )
 
 
@@ -219,7 +265,10 @@ def write_atomically(path: Path, text: str) -> None:
 def first_or_saved(
     training: Training, checkpoints: Checkpoints, where: jax.sharding.Mesh
 ) -> TrainState:
-    """The newest saved state, or the one before the first step, on the devices of the mesh."""
+    """The newest undamaged state, or the one before the first step, on the devices of the mesh.
+
+    Raises ValueError where there are checkpoints and all are damaged: nothing starts anew unasked.
+    """
     shapes = jax.eval_shape(training.init, training.key)
     shardings = mesh.state_shardings(shapes, where)
     if checkpoints.latest is None:

@@ -6,9 +6,11 @@ from ccl_jax.config import ConfigDict, flatten
 from ccl_jax.data.layouts import LAYOUTS, VALIDATION
 from ccl_jax.mesh import CLUSTERS
 from ccl_jax.metrics.conventions import CONVENTIONS
+from ccl_jax.metrics.scores import METRICS
 from ccl_jax.models.pretrained import check_builtin
 from ccl_jax.problems import Problems, is_integer, is_number
 from ccl_jax.validation_pretraining import check_pretraining
+from ccl_jax.validation_run import check_faults
 
 ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
@@ -34,6 +36,7 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
         _evaluate_and_predict,
         check_pretraining,
         _run,
+        check_faults,
     ):
         check(problems)
     if not problems.lines:
@@ -212,6 +215,8 @@ def _train(p: Problems) -> None:
     p.integer("train.log_every", 1, 10)
     p.integer("train.checkpoint_every", 1, 1000)
     p.integer("train.keep_checkpoints", 1, 2)
+    p.choice("train.keep_best", "", *METRICS)
+    p.integer("train.keep_every", 0, 10_000)
 
 
 def _evaluate_and_predict(p: Problems) -> None:
@@ -255,7 +260,7 @@ def _run(p: Problems) -> None:
     p.choice("run.cluster", "auto", "none", *CLUSTERS)
     p.integer("run.threads", 1, 4)
     p.integer("run.workers", 0, 0)
-    for key in ("progress", "tensorboard"):
+    for key in ("deterministic", "progress", "tensorboard"):
         p.check(f"run.{key}", lambda v: isinstance(v, bool), "True or False", True)
 
 

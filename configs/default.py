@@ -174,6 +174,10 @@ def train() -> dict:
         "log_every": 10,  # steps between lines in the log
         "checkpoint_every": 1000,  # steps
         "keep_checkpoints": 2,  # the newest
+        # Also the one whose evaluation (eval.every_steps, or a follower's) has the highest mean of
+        # this metric, e.g. "image_auroc"; "": none. It is chosen on the test set: for looking at.
+        "keep_best": "",
+        "keep_every": 0,  # steps; also all checkpoints at multiples of it, for good; 0: none
     }
 
 
@@ -279,6 +283,17 @@ def run() -> dict:
         "heartbeat_seconds": 100,  # without a sign of life of a process before the others end
         "threads": 4,  # that decode images, per process
         "workers": 0,  # processes that decode images which are not kept in memory; 0: threads only
+        # Bit for bit the same on GPUs from run to run: sets --xla_gpu_deterministic_ops=true, which
+        # is slower (no autotuning, no atomic sums; how much was not measured). CPUs need it not.
+        "deterministic": False,
         "progress": True,  # progress bars
         "tensorboard": True,  # events beside metrics.jsonl
+        # At these a training saves and ends: Ctrl-C, and what schedulers send before they kill.
+        "stop_signals": ("SIGINT", "SIGTERM", "SIGUSR1"),
+        # Exit status after one; 0: 128 + its number, as 143, which schedulers read as unfinished.
+        "unfinished_exit_code": 0,
+        # Without progress before a process ends itself, status 70, and names what holds it up; six
+        # times as long while it starts or compiles; 0: never.
+        "stall_seconds": 600.0,
+        "peak_tflops": 0.0,  # of one device, for `mfu` in the log; 0: by its kind, where known
     }

@@ -1,7 +1,9 @@
 """Checkpoints come back as they were, or one clear error says why not."""
 
 import functools
+import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import jax
@@ -11,6 +13,7 @@ import optax
 import pytest
 from flax import struct
 
+from ccl_jax import checksums
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.mesh import make_mesh, replicated
 
@@ -238,7 +241,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_still_loads(three_steps,
     target = abstract(make_state())
     with Checkpoints(folder) as checkpoints:
         for read in (
-            lambda: checkpoints.restore(-1, target),
+            lambda: checkpoints.restore(30, target),
             lambda: checkpoints.restore_parts(30, {"params": target.params}),
         ):
             with pytest.raises(ValueError, match="damaged or incomplete") as caught:
@@ -250,6 +253,109 @@ def test_damaged_checkpoint_is_named_and_the_one_before_still_loads(three_steps,
     with Checkpoints(folder, keep=9) as checkpoints:
         assert checkpoints.latest == 20
         assert checkpoints.save(30, make_state(30))
+
+
+def test_reader_of_the_newest_names_a_damaged_one_and_takes_the_one_before(
+    three_steps, tmp_path, capsys
+):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three_steps, folder)
+    DAMAGES["data changed"](folder / "30")
+    DAMAGES["index missing"](folder / "20")
+    step = abstract({"step": jnp.int32(0)})
+    with Checkpoints(folder) as checkpoints:
+        assert int(checkpoints.restore_parts(-1, step)["step"]) == 10
+        assert checkpoints.steps() == [10, 20, 30]  # a reader changes nothing
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2
+    assert f"{folder / '30'} is damaged (ValueError: " in said[0]
+    assert "is not what was written, by its sha256" in said[0]
+    assert "manifest.ocdbt is missing); step 10 is used instead" in said[1]
+
+
+def test_writer_puts_damaged_checkpoints_aside_and_saves_their_steps_again(
+    three_steps, tmp_path, capsys
+):
+    folder = tmp_path / "checkpoints"
+    for time in (1, 2):
+        if time == 1:
+            shutil.copytree(three_steps, folder)
+        DAMAGES["data cut off"](folder / "30")
+        with Checkpoints(folder, keep=9) as checkpoints:
+            assert_same(checkpoints.restore(-1, abstract(make_state())), make_state(20))
+            assert checkpoints.steps() == [10, 20]
+            assert checkpoints.save(30, make_state(30))
+        aside = tmp_path / ("damaged-30" if time == 1 else "damaged-30-2")
+        assert aside.is_dir()
+        assert f"moved to {aside}, and step 20 is used instead" in capsys.readouterr().out
+    with Checkpoints(folder) as checkpoints:
+        assert_same(checkpoints.restore(-1, abstract(make_state())), make_state(30))
+
+
+def test_all_damaged_is_an_error_that_names_each_and_moves_none(three_steps, tmp_path):
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(three_steps, folder)
+    for step in (10, 20, 30):
+        DAMAGES["data missing"](folder / str(step))
+    with (
+        Checkpoints(folder, keep=9) as checkpoints,
+        pytest.raises(ValueError, match=r"every checkpoint in .* is damaged") as caught,
+    ):
+        checkpoints.restore(-1, abstract(make_state()))
+    assert [line.split(":")[0].strip() for line in str(caught.value).splitlines()[1:4]] == [
+        "30",
+        "20",
+        "10",
+    ]
+    assert f"mv {folder} {folder}-damaged" in str(caught.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["10", "20", "30"]
+
+
+def test_checkpoint_without_checksums_is_read(three_steps, tmp_path):
+    shutil.copytree(three_steps, tmp_path / "checkpoints")
+    (tmp_path / "checkpoints/30/state" / checksums.NAME).unlink()
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        assert_same(checkpoints.restore(-1, abstract(make_state())), make_state(30))
+
+
+def test_checksums_are_what_sha256sum_reads(three_steps):
+    state = three_steps / "30/state"
+    listed = (state / checksums.NAME).read_text().splitlines()
+    assert len(listed) == len([path for path in state.rglob("*") if path.is_file()]) - 1
+    subprocess.run(["sha256sum", "--check", "--strict", checksums.NAME], cwd=state, check=True)
+
+
+@pytest.mark.parametrize(("text", "why"), [("", "is empty"), ("ab" * 30 + "\n", "cut off")])
+def test_checksums_that_are_cut_off_are_damage_too(tmp_path, text, why):
+    (tmp_path / checksums.NAME).write_text(text)
+    with pytest.raises(ValueError, match=why):
+        checksums.check_checksums(tmp_path)
+
+
+def evaluated(workdir: Path, step: int, text: str) -> None:
+    folder = workdir / "evaluation" / str(step)
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text(text)
+
+
+def test_newest_best_and_every_kth_are_kept(tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    values = {1: 0.5, 2: 0.9, 3: None, 4: 0.7, 5: 0.9}
+    with Checkpoints(folder, keep=2, keep_best="image_auroc", keep_every=4) as checkpoints:
+        for step in range(1, 9):
+            checkpoints.save(step, make_state(step))
+            if step in values:
+                text = json.dumps({"mean": {"image_auroc": values[step]}})
+                evaluated(tmp_path, step, text)
+            elif step == 6:
+                evaluated(tmp_path, step, '{"mean": {}}')
+            if step == 4:
+                assert checkpoints.steps() == [2, 3, 4]
+        assert checkpoints.steps() == [4, 5, 7, 8]  # of two equally good ones the newer
+        checkpoints.wait()
+        assert sorted(path.name for path in folder.iterdir()) == ["4", "5", "7", "8"]
+    said = capsys.readouterr().out
+    assert "6/results.json cannot be read (KeyError('image_auroc')); step 6" in said
 
 
 def test_remains_of_a_killed_write_are_ignored_by_readers_and_removed_by_the_next_writer(

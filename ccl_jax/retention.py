@@ -1,0 +1,37 @@
+"""Which checkpoints of a run are kept."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def kept_steps(steps: Sequence[int], *, newest: int, every: int, best: int | None) -> set[int]:
+    """The steps to keep: the `newest` last ones, the multiples of `every` (0: none), and `best`."""
+    kept = set(sorted(steps)[-newest:])
+    if every:
+        kept |= {step for step in steps if step % every == 0}
+    if best is not None:
+        kept.add(best)
+    return kept
+
+
+def best_step(evaluation: Path, metric: str, steps: Sequence[int]) -> int | None:
+    """The step among `steps` with the highest mean of `metric`; of equal ones the newest.
+
+    Read from evaluation/<step>/results.json, so a step that nobody has evaluated yet does not
+    count; None where none has. Chosen on the test set, therefore: a checkpoint to look at, and no
+    number to report. Results that cannot be read are named, and do not count either.
+    """
+    values: dict[int, float] = {}
+    for step in steps:
+        path = evaluation / str(step) / "results.json"
+        try:
+            value = json.loads(path.read_text())["mean"][metric]
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"{path} cannot be read ({error!r}); step {step} cannot be the best", flush=True)
+            continue
+        if value is not None:  # a metric that no class can have
+            values[step] = value
+    return max(values, key=lambda step: (values[step], step), default=None)
