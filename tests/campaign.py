@@ -87,10 +87,11 @@ class Run:
         self._starts += 1
         self._before = self._log_bytes()
         overrides = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+        command = [sys.executable, "-m", "ccl_jax.main", "--config", "configs/demo.py"]
+        folders = [f"--workdir={self.workdir}", f"--config.data.root={self.data}"]
         with self.output.open("w") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "ccl_jax.main", "--config", "configs/demo.py"]
-                + [f"--workdir={self.workdir}", f"--config.data.root={self.data}", *overrides],
+                [*command, *folders, *overrides],
                 env=os.environ | ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(self._cache)},
                 cwd=ROOT,
                 stdout=output,
