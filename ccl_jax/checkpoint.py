@@ -123,7 +123,7 @@ class Checkpoints:
             )
         if step == -1:
             return self._newest_sound()
-        if step not in steps:
+        if not mesh.from_first(step in steps):
             raise ValueError(
                 f"{self.folder} has no checkpoint of step {step}; there are {_listed(steps)}. "
                 f"Name one of these, or -1 for the newest."

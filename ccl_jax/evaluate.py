@@ -1,7 +1,8 @@
 """The separate evaluator: scorer and test records in, results and figures out.
 
-Every test image is scored exactly once, for any batch size and number of devices. Score maps never
-leave the devices except for the few that are drawn: pixel metrics come from histograms of scores.
+Every test image is scored exactly once, for any batch size and number of devices and processes.
+Score maps never leave the devices except for the few that are drawn: pixel metrics come from
+histograms of scores. Every process has all numbers at the end; the first one writes them.
 """
 
 import dataclasses
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from ccl_jax import figures, mesh, report
 from ccl_jax.data.records import Record, class_of, read_image, read_mask
 from ccl_jax.metrics import conventions as published
 from ccl_jax.metrics import counts as counting
 from ccl_jax.metrics import scores as metrics
+from ccl_jax.metrics.counter import Counter
 from ccl_jax.scoring import Scorer
 
 
@@ -34,14 +38,14 @@ class Conventions:
 
 @dataclasses.dataclass
 class Collected:
-    """What the pass over the test images leaves on the host, by record index."""
+    """What the pass over the test images leaves on every host, by record index."""
 
     image_scores: np.ndarray  # float [n]
     anomalous: np.ndarray  # bool [n], by the chosen convention
     regions: np.ndarray  # int [n], connected regions of the mask
     codes: np.ndarray  # float [n, d], pooled neck codes
     maps: dict[int, np.ndarray]  # of the images that are drawn
-    counts: counting.ScoreCounts  # over all classes
+    counts: counting.Totals  # over all classes
 
 
 def evaluate(
@@ -57,8 +61,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores all records, writes results and figures into `folder`, and returns the results.
 
-    `batches` are the evaluation batches of `records`; `class_names` are "<dataset>/<class>", in the
-    order of the labels. Metrics lie in 0..1, and are None with a reason where a class has none.
+    `batches` are this process's evaluation batches of `records`; `class_names` are
+    "<dataset>/<class>", in the order of the labels. Metrics lie in 0..1, and are None with a reason
+    where a class has none. All processes return the same metrics, once the first has written them.
     """
     start = time.perf_counter()
     masked = classes_with_masks(records)
@@ -88,8 +93,11 @@ def evaluate(
     results["diagnostics"] = {
         "neck_v_measure": metrics.neck_v_measure(found.codes[normal], labels[normal], seed=0)
     }
-    draw(folder, records, found, scorer.settings.size, drawn)
-    report.write_results(folder, results)
+    if mesh.is_first():
+        with report.writing(folder):
+            draw(folder, records, found, scorer.settings.size, drawn)
+            report.write_results(folder, results)
+    mesh.barrier(f"results of step {scorer.step}")
     return results
 
 
@@ -127,16 +135,15 @@ def collect(
     drawn: dict[str, list[int]],
     conventions: Conventions,
 ) -> Collected:
-    """One pass over the test images."""
-    number = len(records)
+    """One pass over the test images, of which each process scores its own rows of every batch."""
+    number, where = len(records), scorer.mesh
     wanted = {index for indices in drawn.values() for index in indices}
-    image_scores, codes = np.full(number, np.nan), None
+    image_scores, codes = np.full(number, np.nan), np.zeros((number, 1))
     anomalous, regions = np.zeros(number, bool), np.zeros(number, int)
     maps: dict[int, np.ndarray] = {}
-    counts = counting.empty_counts(classes)
-    add_scores = jax.jit(counting.add_scores, donate_argnums=0)
+    counter = Counter(classes, where)
     for batch in batches:
-        weights, batch_regions = zip(*map(metrics.region_weights, batch["mask"]), strict=True)
+        weights, own_regions = zip(*map(metrics.region_weights, batch["mask"]), strict=True)
         counted = batch["real"] & np.isin(batch["label"], list(masked))
         arrays = mesh.put_batch(
             {
@@ -145,30 +152,42 @@ def collect(
                 "weight": np.stack(weights),
                 "label": batch["label"],
                 "counted": counted,
+                "index": batch["index"],
+                "anomalous": image_labels(batch, masked, conventions.image_label),
+                "regions": np.array(own_regions, np.int32),
             },
-            scorer.mesh,
+            where,
         )
         scores = scorer(arrays["image"])
-        counts = add_scores(
-            counts,
+        counter.add(
             scores.maps,
             arrays["mask"],
             arrays["weight"],
             arrays["label"],
             arrays["counted"],
+            regions=sum(own_regions),
         )
-        host = jax.device_get(scores._replace(maps=None))
-        index = batch["index"][batch["real"]]
-        image_scores[index] = host.images[batch["real"]]
-        codes = np.zeros((number, host.codes.shape[1])) if codes is None else codes
-        codes[index] = host.codes[batch["real"]]
-        regions[index] = np.array(batch_regions)[batch["real"]]
-        anomalous[index] = image_labels(batch, masked, conventions.image_label)[batch["real"]]
-        for row in np.flatnonzero(batch["real"]):
-            if int(batch["index"][row]) in wanted:
-                maps[int(batch["index"][row])] = np.asarray(scores.maps[row])
-    codes = np.zeros((number, 1)) if codes is None else codes
-    return Collected(image_scores, anomalous, regions, codes, maps, jax.device_get(counts))
+        small = {name: arrays[name] for name in ("index", "anomalous", "regions")}
+        host = mesh.on_every_host(small | {"score": scores.images, "code": scores.codes}, where)
+        real = host["index"] >= 0
+        index = host["index"][real]
+        if codes.shape[1] != host["code"].shape[1]:  # known from the first batch on
+            codes = np.zeros((number, host["code"].shape[1]))
+        image_scores[index], codes[index] = host["score"][real], host["code"][real]
+        anomalous[index], regions[index] = host["anomalous"][real], host["regions"][real]
+        for row in np.flatnonzero(real):
+            if int(host["index"][row]) in wanted:
+                one = row_of(scores.maps, np.int32(row))
+                maps[int(host["index"][row])] = mesh.on_every_host(one, where)
+    counts = counting.Totals(*map(mesh.sum_over_processes, counter.totals()))
+    return Collected(image_scores, anomalous, regions, codes, maps, counts)
+
+
+@jax.jit
+def row_of(maps: Float[Array, "b h w"], row: Int[Array, ""]) -> Float[Array, "h w"]:
+    """One map of a batch, as a sum over the others' zeros: so only that one travels."""
+    mine = jnp.arange(maps.shape[0]) == row
+    return jnp.where(mine[:, None, None], maps, 0).sum(0)
 
 
 def image_labels(batch: dict[str, np.ndarray], masked: set[int], convention: str) -> np.ndarray:

@@ -104,6 +104,7 @@ def import_job(config: ConfigDict, workdir: Path) -> int:
     refuse_used(workdir)
     architecture = architecture_of(config.to_dict())
     where = setup.devices_of(config)
+    setup.one_process("import")
     released = read_released(config.published.checkpoint, architecture)
     optimizer = settings.optimizer_of(config, 1)  # its state does not depend on the length
     state = TrainState(
@@ -163,6 +164,7 @@ def write_description(config: ConfigDict, workdir: Path, released: Released) -> 
 def export_job(config: ConfigDict, workdir: Path) -> int:
     """Writes a checkpoint of `workdir`, encoder and all, as the released code would name it."""
     setup.devices_of(config)
+    setup.one_process("export")
     setup.check_same_model(config, workdir)
     values = config.to_dict()
     scorer = load_scorer(

@@ -1,11 +1,14 @@
 """The jobs behind the door: each takes a validated config apart and calls the plain functions."""
 
+import contextlib
+import dataclasses
 import time
 from pathlib import Path
 
 import jax
 
-from ccl_jax import baseline, mesh, report, settings, setup
+from ccl_jax import baseline, follow, mesh, report, settings, setup
+from ccl_jax.ahead import Ahead
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
 from ccl_jax.data.pictures import DecodedCache
@@ -16,7 +19,7 @@ from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.pretraining.run import WEIGHTS, Look, check_recipe, pretrain
 from ccl_jax.provenance import provenance
-from ccl_jax.scoring import Scorer, map_settings_of
+from ccl_jax.scoring import Scorer, Scorers, architecture_of, map_settings_of
 from ccl_jax.signals import StopRequest
 from ccl_jax.state import TrainState, join
 from ccl_jax.train import train
@@ -29,26 +32,29 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
     where = setup.devices_of(config, "train.batch_size", "eval.batch_size")
     split = read_split(config)
     total, per_epoch = settings.total_steps(config, len(split.train))
-    with lock_workdir(workdir):
+    with lock_workdir(workdir) if mesh.is_first() else contextlib.nullcontext():
         with (
             StopRequest() as stop,
             setup.checkpoints_of(config, workdir) as checkpoints,
         ):
             fresh = checkpoints.latest is None
-            setup.settle_workdir(config, workdir, split, fresh=fresh)
+            mesh.barrier("all have looked")  # before the first process writes
+            config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
+            if mesh.is_first():
+                setup.settle_workdir(config, workdir, split, fresh=fresh)
             training = setup.set_up(config, workdir, where, total, fresh=fresh)
             state = setup.first_or_saved(training, checkpoints, where)
             done = int(state.step)
-            print(
+            mesh.say(
                 f"{config.name}: {len(split.train)} training images of {len(split.class_names)} "
                 f"classes, {total} steps of {config.train.batch_size} images "
                 f"({total / per_epoch:.1f} epochs) on {where.size} x {jax.devices()[0].device_kind}"
-                + (f", continuing at step {done}" if done else ""),
-                flush=True,
+                + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
+                + (f", continuing at step {done}" if done else "")
             )
             cache = setup.decoded_cache(config, split)
 
-            def evaluation(number: int, state: TrainState) -> None:
+            def evaluation(number: int, state: TrainState) -> dict[str, float]:
                 variables = join(training.frozen, state.params, state.batch_stats)
                 maps = map_settings_of(config.to_dict())
                 scorer = Scorer(
@@ -56,13 +62,13 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                 )
                 seconds = time.perf_counter() - start
                 again = cache if config.eval.every_steps else None  # kept images pay when reread
-                evaluate_and_print(config, workdir, scorer, split, seconds, again)
+                return evaluate_and_print(config, workdir, scorer, split, seconds, again)
 
             try:
                 with (
                     setup.run_log(config, workdir, total, done) as log,
                     setup.train_batches(config, workdir, split, done, cache, log) as batches,
-                    mesh.Ahead(batches, where) as sent,
+                    Ahead(batches, where) as sent,
                 ):
                     state = train(
                         state,
@@ -78,19 +84,22 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                     )
             finally:
                 print_skipped(workdir)
+            mesh.barrier("the training has ended")
         if stop.signal is None:  # signals act as usual again: everything is saved
-            evaluation(total, state)
+            with setup.run_log(config, workdir, total, total, progress=False) as log:
+                log.write(total, evaluation(total, state))
             return 0
-        print(
+        mesh.say(
             f"{stop.signal.name}: saved step {int(state.step)} of {total}; run the same command to "
-            f"go on.",
-            flush=True,
+            f"go on."
         )
         return 128 + stop.signal
 
 
 def evaluate_job(config: ConfigDict, workdir: Path) -> int:
-    """Evaluates a checkpoint of `workdir`."""
+    """Evaluates a checkpoint of `workdir`, or follows the training there."""
+    if config.eval.follow:
+        return follow_job(config, workdir)
     start = time.perf_counter()
     setup.devices_of(config, "eval.batch_size")
     setup.check_same_model(config, workdir)
@@ -101,6 +110,40 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
     return 0
 
 
+def follow_job(config: ConfigDict, workdir: Path) -> int:
+    """Evaluates every checkpoint of the training in `workdir` as it comes; see `follow`."""
+    start = time.perf_counter()
+    setup.devices_of(config, "eval.batch_size")
+    check_writable(workdir, "--workdir")
+    maps = map_settings_of(config.to_dict())
+
+    def opened() -> follow.Evaluator:  # the training has prepared its data by then
+        setup.check_same_model(config, workdir)
+        split = read_split(config)
+        cache = DecodedCache(int(config.data.cache_gib * 2**30))
+        architecture = architecture_of(config.to_dict())
+        scorers = Scorers(
+            workdir, architecture=architecture, settings=maps, devices=config.run.devices
+        )
+
+        def evaluated(scorer: Scorer) -> None:
+            seconds = time.perf_counter() - start
+            evaluate_and_print(config, workdir, scorer, split, seconds, cache, stop)
+
+        return follow.Evaluator(scorers.at, evaluated)
+
+    with StopRequest() as stop:
+        return follow.follow(
+            workdir,
+            opened,
+            conventions=dataclasses.asdict(conventions_of(config)) | dataclasses.asdict(maps),
+            poll_seconds=config.eval.poll_seconds,
+            patience=config.eval.follow_patience,
+            stop=stop,
+            tensorboard=config.run.tensorboard,
+        )
+
+
 def predict_job(config: ConfigDict, workdir: Path) -> int:
     """Scores `config.predict.input`; returns 1 where some of the files could not be read."""
     if not config.predict.input:
@@ -109,6 +152,7 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
         )
     output = Path(config.predict.output or workdir / "predictions")
     setup.devices_of(config)
+    setup.one_process("predict")
     setup.check_same_model(config, workdir)
     check_writable(output, "--config.predict.output")
     scorer = scorer_of(
@@ -142,6 +186,7 @@ def baseline_job(config: ConfigDict, workdir: Path) -> int:
 def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     """Learns an encoder from procedural images, phase after phase, or goes on."""
     where = setup.devices_of(config)
+    setup.one_process("pretrain")
     look = Look(tensorboard=config.run.tensorboard, progress=config.run.progress)
     phases: list[tuple[str, Recipe | Episodes, Plan]] = [
         ("classes", *settings.pretraining_of(config))
@@ -169,10 +214,9 @@ def print_skipped(workdir: Path) -> None:
     reasons = setup.skipped_in(workdir)
     if reasons:
         lines = "\n  ".join(reasons)
-        print(
+        mesh.say(
             f"{len(reasons)} training images could not be read, and others of their classes stood "
-            f"in for them (config.data.bad_files=skip):\n  {lines}",
-            flush=True,
+            f"in for them (config.data.bad_files=skip):\n  {lines}"
         )
 
 
@@ -183,10 +227,12 @@ def evaluate_and_print(
     split: layouts.Split,
     seconds: float,
     cache: DecodedCache | None = None,
-) -> None:
+    stop: StopRequest | None = None,
+) -> dict[str, float]:
     """Evaluates a scorer on the test images, and prints the table and where the rest is.
 
-    `cache` keeps the test images for the next evaluation.
+    Returns the mean metrics as they are logged. `cache` keeps the test images for the next
+    evaluation. Raises `follow.StoppedError` between two batches after a signal that `stop` noted.
     """
     folder = workdir / "evaluation" / str(scorer.step)
     with pipeline.evaluation_batches(
@@ -202,14 +248,9 @@ def evaluate_and_print(
         results = evaluate(
             scorer,
             split.test,
-            batches,
+            batches if stop is None else follow.until_stopped(batches, stop),
             split.class_names,
-            conventions=Conventions(
-                image_label=config.eval.image_label,
-                aupro_fpr_limit=config.eval.aupro_fpr_limit,
-                figures_per_class=config.eval.figures_per_class,
-                published_metrics=config.eval.published_metrics,
-            ),
+            conventions=conventions_of(config),
             folder=folder,
             dataset=config.data.name or " + ".join(sorted({r.dataset for r in split.test})),
             provenance={
@@ -224,4 +265,16 @@ def evaluate_and_print(
         lines.append(f"{folder}/results.md: also {names}")
     pictures = ": figures" if config.eval.figures_per_class else ""
     lines.append(f"{folder}/report.html{pictures}")
-    print("\n" + "\n".join(lines))
+    mesh.say("\n" + "\n".join(lines))
+    mean = results["mean"].items()
+    return {f"evaluation/{name}": value for name, value in mean if value is not None}
+
+
+def conventions_of(config: ConfigDict) -> Conventions:
+    """How the config wants metrics to be made."""
+    return Conventions(
+        image_label=config.eval.image_label,
+        aupro_fpr_limit=config.eval.aupro_fpr_limit,
+        figures_per_class=config.eval.figures_per_class,
+        published_metrics=config.eval.published_metrics,
+    )

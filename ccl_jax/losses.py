@@ -6,58 +6,59 @@ paper disagree, the code is followed and the paper's variant is an argument.
 
 A map is (b, h, w, c), a position is one (h, w) of it. "Clean" and "augmented" are two views of the
 same images; the encoder is frozen, the projector is trained. Everything is computed over the whole
-batch that is passed in, in at least float32. A vector of zero length has cosine 0 with everything,
-and no gradient.
+batch, in at least float32. A vector of zero length has cosine 0 with everything, and no gradient.
+
+With `axis`, the name (or names) of mesh axes, a loss is called within `jax.shard_map`: the arrays
+are one device's images, as many on each, and the loss is that of all of them, the same on every
+device. What then travels is written out here: `all_gather`, `ppermute` and sums.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from ccl_jax.collectives import Axis, of_all, positions_of_mine, summed, with_next
+from ccl_jax.matching import EXACT, best_matches, unit
 
 Maps = Sequence[Float[Array, "b _ _ _"]]  # one map per scale, fine -> coarse
 Scalar = Float[Array, ""]
 
-NORM_FLOOR = 1e-8  # shorter vectors have no direction; the clamp of the reference's cosine
 EPSILON = 1e-6  # what the reference adds to the local loss's denominator, and to counts
-EXACT = jax.lax.Precision.HIGHEST  # accelerators multiply float32 in fewer bits by default
-
-
-def _unit(vectors: Float[Array, "..."], axis: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
-    """The vectors along `axis`, scaled to length 1; below NORM_FLOOR zero, with zero gradient."""
-    vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
-    squares = jnp.sum(vectors * vectors, axis, keepdims=True)
-    long_enough = squares > NORM_FLOOR**2
-    # The inner `where` keeps the square root, whose slope at 0 is infinite, away from 0.
-    return jnp.where(long_enough, vectors / jnp.sqrt(jnp.where(long_enough, squares, 1.0)), 0.0)
 
 
 # --- distillation ------------------------------------------------------------------------------
 
 
-def cosine_distillation_loss(targets: Maps, rebuilt: Maps, *, flat: bool = True) -> Scalar:
+def cosine_distillation_loss(
+    targets: Maps, rebuilt: Maps, *, flat: bool = True, axis: Axis = None
+) -> Scalar:
     """How far the decoder is from the encoder: 1 - cosine, mean over the batch, summed over scales.
 
     In [0, 2 * scales]. With `flat` (both releases) an image's whole map is one vector; without, the
     cosine is taken over the channels of each position and averaged over positions. No gradient
     flows into the targets.
     """
-    axis = (1, 2, 3) if flat else -1
+    within = (1, 2, 3) if flat else -1
     total = jnp.zeros(())
     for target, copy in zip(targets, rebuilt, strict=True):
-        cosine = jnp.sum(_unit(jax.lax.stop_gradient(target), axis) * _unit(copy, axis), axis)
+        cosine = jnp.sum(unit(jax.lax.stop_gradient(target), within) * unit(copy, within), within)
         total += jnp.mean(1 - cosine)
-    return total
+    return total if axis is None else jax.lax.pmean(total, axis)
 
 
 # --- global contrastive loss: pooled codes of the images ---------------------------------------
 
 
-def _log_softmax_of_cosines(rows: Float[Array, "n d"], temperature: float) -> Float[Array, "n n"]:
+def _log_softmax_of_cosines(
+    rows: Float[Array, "n d"], all_rows: Float[Array, "m d"], temperature: float
+) -> Float[Array, "n m"]:
     """Log p_ij: row i's softmax over the cosines with all rows, itself included, / temperature."""
-    unit = _unit(rows)
-    return jax.nn.log_softmax(jnp.matmul(unit, unit.T, precision=EXACT) / temperature, axis=1)
+    cosines = jnp.matmul(unit(rows), unit(all_rows).T, precision=EXACT)
+    return jax.nn.log_softmax(cosines / temperature, axis=1)
 
 
 def two_view_supervised_contrastive_loss(
@@ -66,6 +67,7 @@ def two_view_supervised_contrastive_loss(
     labels: Int[Array, "b"],
     *,
     temperature: float,
+    axis: Axis = None,
 ) -> Scalar:
     """Global CL of the paper and its first release: minus the mean of log p_ij over positive pairs.
 
@@ -74,14 +76,23 @@ def two_view_supervised_contrastive_loss(
     (Khosla et al., arXiv 2004.11362) but for two things, as released: a row stays in its own
     denominator, and the mean is over all pairs, not first per row: common classes weigh more.
     """
-    log_p = _log_softmax_of_cosines(jnp.concatenate([clean, augmented]), temperature)
-    classes = jnp.concatenate([labels, labels])
-    positive = (classes[:, None] == classes[None, :]) & ~jnp.eye(len(classes), dtype=bool)
-    return -jnp.sum(jnp.where(positive, log_p, 0.0)) / jnp.sum(positive)
+    all_rows = jnp.concatenate([of_all(clean, axis), of_all(augmented, axis)])
+    log_p = _log_softmax_of_cosines(jnp.concatenate([clean, augmented]), all_rows, temperature)
+    all_labels = of_all(labels, axis)
+    same = jnp.tile(labels[:, None] == all_labels[None, :], (2, 2))
+    mine = positions_of_mine(len(labels), axis)
+    number = jnp.concatenate([mine, len(all_labels) + mine])
+    positive = same & (number[:, None] != jnp.arange(len(all_rows), dtype=jnp.int32))
+    total = summed(jnp.sum(jnp.where(positive, log_p, 0.0)), axis)
+    return -total / summed(jnp.sum(positive), axis)
 
 
 def second_release_contrastive_loss(
-    pooled: Float[Array, "b d"], labels: Int[Array, "b"], *, temperature: float
+    pooled: Float[Array, "b d"],
+    labels: Int[Array, "b"],
+    *,
+    temperature: float,
+    axis: Axis = None,
 ) -> Scalar:
     """Global CL of the second release: a cross-entropy that gives both kinds of pairs equal mass.
 
@@ -90,21 +101,22 @@ def second_release_contrastive_loss(
     described as repulsion, but its gradient pulls the negatives in: at the optimum p is 1 / 2|P|
     on positives and 1 / 2|N| on negatives. Only the clean view takes part.
     """
-    log_p = _log_softmax_of_cosines(pooled, temperature)
-    same = labels[:, None] == labels[None, :]
+    log_p = _log_softmax_of_cosines(pooled, of_all(pooled, axis), temperature)
+    same = labels[:, None] == of_all(labels, axis)[None, :]
 
-    def mean_over(pairs: Bool[Array, "b b"]) -> Float[Array, "b"]:
+    def mean_over(pairs: Bool[Array, "n b"]) -> Float[Array, "n"]:
         count = jnp.sum(pairs, axis=1, dtype=jnp.float32)  # as the reference, also in float64
         return jnp.sum(jnp.where(pairs, log_p, 0.0), axis=1) / (count + EPSILON)
 
-    return -jnp.mean(mean_over(same) + mean_over(~same))
+    mean = -jnp.mean(mean_over(same) + mean_over(~same))
+    return mean if axis is None else jax.lax.pmean(mean, axis)
 
 
 # --- local contrastive loss: positions of the projected maps -----------------------------------
 
 
 def _draw(
-    key: PRNGKeyArray, allowed: Bool[Array, "b b"]
+    key: PRNGKeyArray, allowed: Bool[Array, "b m"]
 ) -> tuple[Int[Array, "b"], Bool[Array, "b"]]:
     """One uniformly drawn allowed column per row; 0 and False for a row that allows none."""
     # float32 also under x64, so that a float64 run draws the same images.
@@ -113,81 +125,40 @@ def _draw(
 
 
 def draw_negatives(
-    key: PRNGKeyArray, labels: Int[Array, "b"]
+    key: PRNGKeyArray, labels: Int[Array, "b"], *, reach: int | None = None
 ) -> tuple[Int[Array, "b"], Bool[Array, "b"]]:
-    """For each image one image of another class, and whether the batch has any."""
-    return _draw(key, labels[:, None] != labels[None, :])
+    """For each image one image of another class, and whether there is any.
+
+    Drawn from the whole batch; with `reach` from the images at the next `reach` positions, the
+    first after the last.
+    """
+    if reach is None:
+        return _draw(key, labels[:, None] != labels[None, :])
+    after = _positions_after(len(labels), reach)
+    return _drawn_after(key, after, labels[after] != labels[:, None])
 
 
 def draw_partners(
-    key: PRNGKeyArray, labels: Int[Array, "b"]
+    key: PRNGKeyArray, labels: Int[Array, "b"], *, reach: int | None = None
 ) -> tuple[Int[Array, "b"], Bool[Array, "b"]]:
-    """For each image one other image of its class, and whether the batch has any."""
-    return _draw(key, (labels[:, None] == labels[None, :]) & ~jnp.eye(len(labels), dtype=bool))
+    """For each image one other image of its class, and whether there is any; as above."""
+    if reach is None:
+        other = ~jnp.eye(len(labels), dtype=bool)
+        return _draw(key, (labels[:, None] == labels[None, :]) & other)
+    after = _positions_after(len(labels), reach)
+    return _drawn_after(key, after, labels[after] == labels[:, None])
 
 
-def best_matches(
-    queries: Float[Array, "b h w c"],
-    keys: Float[Array, "b h w c"],
-    *,
-    window: int | None = None,
-    block: int = 256,
-) -> tuple[Int[Array, "b h*w"], Float[Array, "b h*w"]]:
-    """For each position of `queries` the most similar position of `keys`, and their cosine.
-
-    A position is counted row by row (y * w + x); the first wins a tie. With `window` only the
-    square of that side around the same position is searched. Neither way builds the whole
-    (h*w, h*w) matrix: memory is b * block * h*w, or b * h*w with a window. No gradient.
-
-    Raises:
-        ValueError: the window has no centre.
-    """
-    queries, keys = _unit(jax.lax.stop_gradient(queries)), _unit(jax.lax.stop_gradient(keys))
-    if window is not None:
-        return _best_matches_in_window(queries, keys, window)
-    b, h, w, c = queries.shape
-    keys = keys.reshape(b, h * w, c)
-
-    def match(query: Float[Array, "b c"]) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
-        cosines = jnp.einsum("bc,bnc->bn", query, keys, precision=EXACT)
-        return jnp.argmax(cosines, axis=1).astype(jnp.int32), jnp.max(cosines, axis=1)
-
-    by_position = queries.reshape(b, h * w, c).swapaxes(0, 1)
-    index, cosine = jax.lax.map(match, by_position, batch_size=block)
-    return index.T, cosine.T
+def _positions_after(images: int, reach: int) -> Int[Array, "b reach"]:
+    steps = jnp.arange(1, reach + 1, dtype=jnp.int32)
+    return (jnp.arange(images, dtype=jnp.int32)[:, None] + steps) % images
 
 
-def _best_matches_in_window(
-    queries: Float[Array, "b h w c"], keys: Float[Array, "b h w c"], window: int
-) -> tuple[Int[Array, "b h*w"], Float[Array, "b h*w"]]:
-    """`best_matches` of unit vectors, one shift of the keys at a time, keeping the best so far."""
-    if window < 1 or window % 2 == 0:
-        raise ValueError(
-            f"config.loss.local.window={window} has no central position; use an odd number, "
-            f"e.g. --config.loss.local.window={max(window, 0) + 1}."
-        )
-    b, h, w, _ = queries.shape
-    reach = window // 2
-    margin = [(0, 0), (reach, reach), (reach, reach), (0, 0)]
-    padded = jnp.pad(keys, margin)
-    inside = jnp.pad(jnp.ones((1, h, w, 1), bool), margin)
-    position = jnp.arange(h * w, dtype=jnp.int32).reshape(1, h, w)
-
-    def try_shift(best: tuple, shift: Int[Array, "2"]) -> tuple:
-        def shifted(maps: Array) -> Array:
-            rows = jax.lax.dynamic_slice_in_dim(maps, shift[0], h, axis=1)
-            return jax.lax.dynamic_slice_in_dim(rows, shift[1], w, axis=2)
-
-        cosine = jnp.sum(queries * shifted(padded), -1)
-        cosine = jnp.where(shifted(inside)[..., 0], cosine, -jnp.inf)
-        index = position + (shift[0] - reach) * w + (shift[1] - reach)
-        better = cosine > best[1]
-        return (jnp.where(better, index, best[0]), jnp.where(better, cosine, best[1])), None
-
-    nothing = (jnp.zeros((b, h, w), jnp.int32), jnp.full((b, h, w), -jnp.inf, queries.dtype))
-    shifts = jnp.stack(jnp.divmod(jnp.arange(window**2, dtype=jnp.int32), window), axis=1)
-    (index, cosine), _ = jax.lax.scan(try_shift, nothing, shifts)
-    return index.reshape(b, h * w), cosine.reshape(b, h * w)
+def _drawn_after(
+    key: PRNGKeyArray, after: Int[Array, "b reach"], allowed: Bool[Array, "b reach"]
+) -> tuple[Int[Array, "b"], Bool[Array, "b"]]:
+    column, found = _draw(key, allowed)
+    return jnp.take_along_axis(after, column[:, None], axis=1)[:, 0], found
 
 
 def _at(maps: Float[Array, "b n c"], index: Int[Array, "b n"]) -> Float[Array, "b n c"]:
@@ -195,11 +166,20 @@ def _at(maps: Float[Array, "b n c"], index: Int[Array, "b n"]) -> Float[Array, "
     return jax.vmap(lambda vectors, where: vectors[where])(maps, index)
 
 
+class _Drawn(NamedTuple):
+    """One image for each of this device's, of one scale."""
+
+    maps: Float[Array, "m ..."]  # the projected ones it is chosen from
+    targets: Float[Array, "m ..."]  # the encoder's
+    row: Int[Array, "n"]  # in these
+    found: Bool[Array, "n"]  # whether there was one to choose
+
+
 def _positive_keys(
     encoder_clean: Float[Array, "b h w c"],
     encoder_augmented: Float[Array, "b h w c"],
     keys: Float[Array, "b h*w d"],
-    partner: tuple[Int[Array, "b"], Bool[Array, "b"]] | None,
+    partner: _Drawn | None,
     window: int | None,
 ) -> Float[Array, "b h*w d"]:
     """The key where the frozen encoder finds the best match of each clean position.
@@ -210,10 +190,10 @@ def _positive_keys(
     positive = _at(keys, index)
     if partner is None:
         return positive
-    other, has_other = partner
-    index, other_cosine = best_matches(encoder_clean, encoder_augmented[other], window=window)
-    better = has_other[:, None] & (other_cosine > cosine)
-    return jnp.where(better[..., None], _at(keys[other], index), positive)
+    index, other_cosine = best_matches(encoder_clean, partner.targets[partner.row], window=window)
+    better = partner.found[:, None] & (other_cosine > cosine)
+    other_keys = unit(partner.maps[partner.row]).reshape(keys.shape)
+    return jnp.where(better[..., None], _at(other_keys, index), positive)
 
 
 def local_contrastive_loss(
@@ -228,6 +208,9 @@ def local_contrastive_loss(
     window: int | None = None,
     same_class_candidates: bool = False,
     negatives: Int[Array, "scales b"] | None = None,
+    reach: int | None = None,
+    axis: Axis = None,
+    travels_as: DTypeLike | None = None,
 ) -> Scalar:
     """Local CL: each clean position is told from the same position of an image of another class.
 
@@ -235,27 +218,61 @@ def local_contrastive_loss(
     + 1e-6)); mean over the positions of all images, then over scales.
     - pos: with the augmented view, there where the frozen encoder sees the best match.
     - neg: with the augmented view of one random image of another class, at the same position;
-      one draw per image and scale, or the batch indices in `negatives`.
+      one draw per image and scale, or the positions in the batch in `negatives`.
 
     As released, matches are searched over the whole map of the own image. As the paper's supplement
     states it, they lie within `window` positions, and another image of the class takes part
     (`same_class_candidates`; one draw per image and scale, none for an image that is alone in its
-    class). A batch of a single class has no negatives: 0, without gradient.
+    class). An image without a negative is left out of the mean; a batch of a single class has no
+    negatives: 0, without gradient.
+
+    As released, negatives and partners come from the whole batch, so every device receives the maps
+    of all others. With `reach` they come from the images at the next `reach` positions of the
+    batch, a random sample where its order is random: what a device receives then does not grow with
+    their number, and the loss is still the same for any number. Maps travel in the dtype
+    `travels_as` (None: their own).
     """
+    images, everyone = len(labels), of_all(labels, axis)
+    reach = None if reach is None or reach >= len(everyone) else reach
     negative_keys, partner_keys = jax.random.split(key, (2, len(encoder_clean)))
-    drawn, has_negative = jax.vmap(draw_negatives, (0, None))(negative_keys, labels)
-    negatives = drawn if negatives is None else negatives
-    partners, has_partner = jax.vmap(draw_partners, (0, None))(partner_keys, labels)
+    drawn, has_negative = jax.vmap(lambda k: draw_negatives(k, everyone, reach=reach))(
+        negative_keys
+    )
+    drawn = drawn if negatives is None else negatives
+    partners, has_partner = jax.vmap(lambda k: draw_partners(k, everyone, reach=reach))(
+        partner_keys
+    )
+    mine = positions_of_mine(images, axis)
+
+    def received(maps: Float[Array, "n ..."]) -> Float[Array, "m ..."]:
+        sent = maps if travels_as is None else maps.astype(travels_as)
+        if axis is None or reach is None:
+            return of_all(sent, axis).astype(maps.dtype)
+        return with_next(sent, reach, axis).astype(maps.dtype)
+
+    def rows(numbers: Int[Array, "b"]) -> Int[Array, "n"]:
+        chosen = numbers[mine]
+        if axis is None or reach is None:
+            return chosen
+        return jnp.arange(images, dtype=jnp.int32) + (chosen - mine) % len(everyone)
 
     losses = []
     maps = zip(encoder_clean, encoder_augmented, projected_clean, projected_augmented, strict=True)
     for scale, (clean, augmented, queries, keys) in enumerate(maps):
         b, h, w, c = queries.shape
-        query, own = (_unit(x).reshape(b, h * w, c) for x in (queries, keys))
-        partner = (partners[scale], has_partner[scale]) if same_class_candidates else None
+        query, own = (unit(x).reshape(b, h * w, c) for x in (queries, keys))
+        others = received(keys)
+        partner = None
+        if same_class_candidates:
+            found = has_partner[scale][mine]
+            partner = _Drawn(others, received(augmented), rows(partners[scale]), found)
         positive = _positive_keys(clean, augmented, own, partner, window)
+        negative = unit(others[rows(drawn[scale])]).reshape(b, h * w, c)
         pos = jnp.sum(query * positive, -1) / temperature
-        neg = jnp.sum(query * own[negatives[scale]], -1) / temperature
+        neg = jnp.sum(query * negative, -1) / temperature
         floor = jnp.full_like(pos, jnp.log(EPSILON))
-        losses.append(jnp.mean(jax.nn.logsumexp(jnp.stack([pos, neg, floor]), axis=0) - pos))
-    return jnp.where(jnp.all(has_negative), jnp.mean(jnp.stack(losses)), 0.0)
+        loss = jnp.mean(jax.nn.logsumexp(jnp.stack([pos, neg, floor]), axis=0) - pos, axis=1)
+        counted = has_negative[scale][mine]
+        total = summed(jnp.sum(jnp.where(counted, loss, 0.0)), axis)
+        losses.append(total / jnp.maximum(summed(jnp.sum(counted), axis), 1))
+    return jnp.mean(jnp.stack(losses))

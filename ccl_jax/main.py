@@ -4,7 +4,8 @@
         [--config.section.key=value ...]
 
 Jobs: train (the default) trains, checkpoints and evaluates, or goes on where it stopped; evaluate
-scores the test images of a trained workdir; predict scores your images
+scores the test images of a trained workdir, or with --config.eval.follow=true those of every
+checkpoint of a running training; predict scores your images
 (--config.predict.input=FILE_OR_FOLDER); import makes a workdir of a checkpoint of the authors' code
 (--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data, with
 --config.data.check=full opens all of it and says what is wrong, and with
@@ -27,7 +28,8 @@ from absl import flags
 from ml_collections import config_flags
 
 from ccl_jax import config as configs
-from ccl_jax import data_jobs, exchange, jobs
+from ccl_jax import data_jobs, exchange, follow, jobs
+from ccl_jax.signals import StopRequest
 from ccl_jax.validation import validate
 
 JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
@@ -55,6 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     try:
+        if status := await_training(words):
+            return status
         config, workdir, job = parse(words)
     except (flags.Error, ValueError, OSError, AttributeError, KeyError, TypeError) as error:
         print(f"error: {unknown_setting(words) or error}", file=sys.stderr)
@@ -70,6 +74,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         print(explain(error), file=sys.stderr)
         return 1
+
+
+def await_training(words: Sequence[str]) -> int:
+    """Waits for the config of a training that is to be followed; returns 0 once it is there.
+
+    Without --config a follower needs WORKDIR/config.json even for how long to wait for it; that
+    is without end, unless the command line says otherwise. Other jobs return 0 at once.
+    """
+    asked = argument(words, "config.eval.follow")
+    workdir = argument(words, "workdir")
+    follows = argument(words, "job") == "evaluate" and asked not in (None, "false", "False")
+    if not follows or workdir is None or without_config(words)[0] is not None:
+        return 0
+    patience = float(argument(words, "config.eval.follow_patience") or 0.0)
+    with StopRequest() as stop:
+        return follow.wait_for_file(Path(workdir) / "config.json", patience=patience, stop=stop)
 
 
 def parse(words: Sequence[str]) -> tuple[configs.ConfigDict, Path, str]:

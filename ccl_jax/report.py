@@ -1,14 +1,17 @@
 """Results as JSON, as a Markdown table and as an HTML page with figure sheets."""
 
+import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import filelock
 from jinja2 import Environment, StrictUndefined
 
 from ccl_jax.metrics.scores import METRICS, SAMPLE_METRIC
@@ -73,8 +76,23 @@ def summarize(
     }
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """A block in which no other process writes the results of this run.
+
+    A training and an evaluator that follows it may come to the same step at once; the files of the
+    folder then all come from the one that was last.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(folder.parent / ".lock"):
+        yield
+
+
 def write_results(folder: Path, results: Mapping[str, Any]) -> None:
-    """Writes results.json, results.md and report.html; links the figure sheets that are there."""
+    """Writes results.md, report.html with links to the figure sheets that are there, results.json.
+
+    That one comes last: where it is, the evaluation is complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     title = f"{results['dataset']}, step {results['step']}"
     text = json.dumps(results, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
@@ -84,9 +102,9 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     ]
     more = [f"## {table.title}\n\n{_markdown(table)}" for table in _published_tables(results)]
     markdown = "\n\n".join([f"# {title}", markdown_table(results), *more, *lists]) + "\n"
-    _write_atomically(folder / "results.json", text.encode())
     _write_atomically(folder / "results.md", markdown.encode())
     _write_atomically(folder / "report.html", _html(folder, title, results).encode())
+    _write_atomically(folder / "results.json", text.encode())
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -222,6 +240,7 @@ def _details(results: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Two hosts may write one folder from processes of the same number.
+    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     draft.write_bytes(content)
     draft.replace(path)

@@ -79,8 +79,8 @@ class RunLog:
     """The log of a run, `folder/metrics.jsonl` and TensorBoard events; use it as a context manager.
 
     A run that resumes at `start_step` appends, after what a killed run logged beyond that step is
-    taken out: each step appears once. Of several processes only the first writes, or shows more
-    than its notes.
+    taken out: each training step appears once, evaluations in lines of their own. Of several
+    processes only the first writes, or shows more than its notes.
     """
 
     def __init__(

@@ -35,7 +35,7 @@ class MapSettings:
     pool: int  # pixels, side of the average pool before the maximum
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "settings"))
+@functools.partial(jax.jit, static_argnames=("graphdef", "settings", "where"))
 def score_images(
     graphdef: Any,
     params: PyTree,
@@ -43,8 +43,12 @@ def score_images(
     images: UInt8[Array, "b h w 3"],
     *,
     settings: MapSettings,
+    where: jax.sharding.Mesh | None = None,
 ) -> Scores:
-    """Scores a batch of images with running statistics and without noise."""
+    """Scores a batch of images with running statistics and without noise.
+
+    With `where` the scores lie on the devices that their images lie on.
+    """
     network = networks.merge(graphdef, params, batch_stats)
     out = network(augment.normalize(augment.to_unit(images)), train=False)
     maps = anomaly_map.score_map(
@@ -55,7 +59,10 @@ def score_images(
         combine=settings.combine,
         distance=settings.distance,
     )
-    return Scores(maps, anomaly_map.image_score(maps, pool=settings.pool), out.pooled)
+    scores = Scores(maps, anomaly_map.image_score(maps, pool=settings.pool), out.pooled)
+    if where is None:
+        return scores
+    return jax.lax.with_sharding_constraint(scores, mesh.batch_sharding(where))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +80,12 @@ class Scorer:
     def __call__(self, images: UInt8[Array, "b h w 3"]) -> Scores:
         """Scores images that already lie on the devices."""
         return score_images(
-            self.graphdef, self.params, self.batch_stats, images, settings=self.settings
+            self.graphdef,
+            self.params,
+            self.batch_stats,
+            images,
+            settings=self.settings,
+            where=self.mesh,
         )
 
 
@@ -123,6 +135,50 @@ def map_settings_of(config: Mapping[str, Any]) -> MapSettings:
     )
 
 
+class Scorers:
+    """The scorers of a workdir's checkpoints: the encoder is read, and scoring compiled, once.
+
+    Raises ValueError where the encoder is missing, changed, or does not fit the architecture.
+    """
+
+    def __init__(
+        self, workdir: Path, *, architecture: Architecture, settings: MapSettings, devices: int
+    ) -> None:
+        frozen, self._provenance = read_encoder(workdir / "encoder", architecture)
+        self._folder = workdir / "checkpoints"
+        self._settings = settings
+        self._mesh = mesh.make_mesh(devices)
+        self._frozen = mesh.put_replicated(frozen, self._mesh)
+        self._graphdef, params, batch_stats = architecture.abstract()
+        replicated = mesh.replicated(self._mesh)
+        self._abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
+            {
+                "step": jax.ShapeDtypeStruct((), "int32"),
+                "params": split_parts(params, TRAINED),
+                "batch_stats": split_parts(batch_stats, TRAINED),
+            },
+        )
+
+    def at(self, step: int) -> Scorer:
+        """The scorer of one checkpoint; `step` -1 takes the newest undamaged one.
+
+        Raises ValueError where the checkpoint is missing, damaged, or does not fit.
+        """
+        with Checkpoints(self._folder) as checkpoints:
+            parts = checkpoints.restore_parts(step, self._abstract)
+        params, batch_stats = join(self._frozen, parts["params"], parts["batch_stats"])
+        return Scorer(
+            self._graphdef,
+            params,
+            batch_stats,
+            self._settings,
+            self._mesh,
+            int(parts["step"]),
+            self._provenance,
+        )
+
+
 def load_scorer(
     workdir: Path, *, architecture: Architecture, settings: MapSettings, step: int, devices: int
 ) -> Scorer:
@@ -130,21 +186,5 @@ def load_scorer(
 
     Raises ValueError where a file is missing, changed, or does not fit the architecture.
     """
-    frozen, provenance = read_encoder(workdir / "encoder", architecture)
-    where = mesh.make_mesh(devices)
-    replicated = mesh.replicated(where)
-    graphdef, params, batch_stats = architecture.abstract()
-    abstract = {
-        "step": jax.ShapeDtypeStruct((), "int32"),
-        "params": split_parts(params, TRAINED),
-        "batch_stats": split_parts(batch_stats, TRAINED),
-    }
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated), abstract
-    )
-    with Checkpoints(workdir / "checkpoints") as checkpoints:
-        parts = checkpoints.restore_parts(step, abstract)
-    frozen = jax.device_put(frozen, replicated)
-    params, batch_stats = join(frozen, parts["params"], parts["batch_stats"])
-    number = int(parts["step"])
-    return Scorer(graphdef, params, batch_stats, settings, where, number, provenance)
+    scorers = Scorers(workdir, architecture=architecture, settings=settings, devices=devices)
+    return scorers.at(step)

@@ -7,10 +7,11 @@ from typing import Any
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import pipeline
 from ccl_jax.data.layouts import Part
+from ccl_jax.objective import LossSettings
 from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.state import make_optimizer
-from ccl_jax.train import LossSettings, Schedule
+from ccl_jax.train import Schedule
 
 
 def parts_of(config: ConfigDict) -> dict[str, Part]:
@@ -46,8 +47,19 @@ def optimizer_of(config: ConfigDict, total: int) -> Any:
     )
 
 
-def loss_settings(config: ConfigDict) -> LossSettings:
-    """The loss terms that the config describes."""
+GATHERED_UP_TO = 8  # devices, one host of fast links, over which "auto" draws from the whole batch
+
+
+def negatives_of(config: ConfigDict, devices: int) -> str:
+    """Where negatives come from, "batch" or "near"; "auto" depends on the number of devices."""
+    chosen = config.loss.local.negatives
+    if chosen != "auto":
+        return chosen
+    return "batch" if devices <= GATHERED_UP_TO else "near"
+
+
+def loss_settings(config: ConfigDict, negatives: str = "batch") -> LossSettings:
+    """The loss terms that the config describes, with negatives from "batch" or "near"."""
     cosine, local, global_ = config.loss.cosine, config.loss.local, config.loss.global_
     return LossSettings(
         cosine_weight=cosine.weight,
@@ -56,9 +68,11 @@ def loss_settings(config: ConfigDict) -> LossSettings:
         local_temperature=local.temperature,
         local_window=local.window if local.match == "window" else None,
         local_same_class=local.same_class_candidates,
+        local_reach=local.reach if negatives == "near" else None,
         global_weight=global_.weight,
         global_temperature=global_.temperature,
         global_form=global_.form,
+        travels_as=config.model.compute_dtype,
     )
 
 

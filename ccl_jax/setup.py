@@ -19,7 +19,14 @@ from ccl_jax.data import layouts, pipeline, remote
 from ccl_jax.data.pictures import DecodedCache, decoded_bytes
 from ccl_jax.run_log import RunLog
 from ccl_jax.scoring import architecture_of
-from ccl_jax.state import Frozen, TrainState, init_state, obtain_encoder, purpose_key
+from ccl_jax.state import (
+    Frozen,
+    TrainState,
+    create_encoder,
+    init_state,
+    purpose_key,
+    read_encoder,
+)
 from ccl_jax.train import make_train_step
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops"
@@ -37,21 +44,15 @@ class Training(NamedTuple):
 
 
 def devices_of(config: ConfigDict, *batches: str) -> jax.sharding.Mesh:
-    """The mesh of the devices to run on.
+    """Joins the other processes, if there are any; returns the mesh of the devices to run on.
 
     Raises ValueError where they cannot divide one of the batch sizes, settings like
-    "train.batch_size"; and where the run has several processes, which evaluation, locks and
-    results do not support yet.
+    "train.batch_size".
     """
     if config.run.deterministic:
         ask_for_deterministic_programs()
-    mesh.initialize_distributed()
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"this run has {jax.process_count()} processes, and only one is supported so far; "
-            f"start one process with all devices of a host, e.g. launch/local.sh."
-        )
-    where = mesh.make_mesh(config.run.devices)
+    mesh.initialize_distributed(config.run.cluster, heartbeat_seconds=config.run.heartbeat_seconds)
+    where = mesh.make_mesh(config.run.devices, config.run.parameter_shards)
     sizes = dict(configs.flatten(config))
     for setting in batches:
         mesh.check_divisible(sizes[setting], where.size, setting)
@@ -86,35 +87,63 @@ def checkpoints_of(config: ConfigDict, workdir: Path) -> Checkpoints:
     )
 
 
+def one_process(job: str) -> None:
+    """Raises ValueError where the run of a job that one process does has several."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"--job {job} runs in one process, and this run has {jax.process_count()}; start it "
+            f"once, without srun and without JAX_COORDINATOR_ADDRESS, or with "
+            f"--config.run.cluster=none."
+        )
+
+
+def with_negatives(config: ConfigDict, workdir: Path, devices: int, *, fresh: bool) -> ConfigDict:
+    """A copy of the config in which loss.local.negatives="auto" has become what it means.
+
+    A workdir that is continued keeps what it was started with, on any number of devices.
+    """
+    config = config.copy_and_resolve_references()
+    chosen = settings.negatives_of(config, devices)
+    if config.loss.local.negatives == "auto" and not fresh:
+        before = dict(configs.flatten(configs.read_json(workdir / "config.json")))
+        chosen = before.get("loss.local.negatives", chosen)
+    config.loss.local.negatives = chosen
+    return config
+
+
 def set_up(
     config: ConfigDict, workdir: Path, where: jax.sharding.Mesh, total: int, *, fresh: bool
 ) -> Training:
     """Encoder, optimizer and step of a training of `total` steps.
 
-    A `fresh` training, one without a checkpoint, writes the encoder anew; others read it.
+    A `fresh` training, one without a checkpoint, writes the encoder anew; others, and all processes
+    but the first, read it.
     """
     root = jax.random.key(config.seed)
     architecture = architecture_of(config.to_dict())
-    frozen, encoder = obtain_encoder(
-        workdir / "encoder",
-        config.encoder.weights,
-        architecture,
-        purpose_key(root, "encoder", 0),
-        fresh=fresh,
-    )
+    if fresh and mesh.is_first():
+        create_encoder(
+            workdir / "encoder",
+            config.encoder.weights,
+            architecture,
+            purpose_key(root, "encoder", 0),
+        )
+    mesh.barrier("the encoder is written")
+    frozen, encoder = read_encoder(workdir / "encoder", architecture)
     optimizer = settings.optimizer_of(config, total)
-    graphdef, *_ = architecture.abstract()
+    graphdef, *_ = architecture.abstract(norm_images=config.model.norm_images)
     step = make_train_step(
         graphdef,
         optimizer,
-        settings.loss_settings(config),
+        settings.loss_settings(config, settings.negatives_of(config, where.size)),
         Recipe(**config.augment.to_dict()),
         noise_probability=config.model.noise_probability,
         root=root,
+        where=where,
     )
     return Training(
         graphdef,
-        jax.device_put(frozen, mesh.replicated(where)),
+        mesh.put_replicated(frozen, where),
         encoder,
         functools.partial(init_state, architecture, optimizer),
         purpose_key(root, "weights", 0),
@@ -122,20 +151,22 @@ def set_up(
     )
 
 
-def run_log(config: ConfigDict, workdir: Path, total: int, done: int) -> RunLog:
-    """The log of a training that begins at step `done`."""
+def run_log(
+    config: ConfigDict, workdir: Path, total: int, done: int, *, progress: bool = True
+) -> RunLog:
+    """The log of a training that begins at step `done`; `progress` False shows no bar."""
     return RunLog(
         workdir / "log",
         total_steps=total,
         start_step=done,
         images_per_step=config.train.batch_size,
         tensorboard=config.run.tensorboard,
-        progress=config.run.progress,
+        progress=progress and config.run.progress,
     )
 
 
 def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, fresh: bool) -> None:
-    """Writes config.json and data.json, or compares with what is there.
+    """Writes config.json and data.json, or compares with what is there; the first process does.
 
     A `fresh` workdir, one without a checkpoint, takes any settings: nothing would be lost.
     Raises ValueError where settings or training images differ in what is computed; says what else
@@ -148,8 +179,8 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
         "sha256": hashlib.sha256("\n".join(r.key for r in split.train).encode()).hexdigest(),
     }
     if fresh:
-        for name in ("published.json", "skipped.json"):  # of a start that did not come far
-            (workdir / name).unlink(missing_ok=True)
+        for old in [workdir / "published.json", *workdir.glob("skipped*.json")]:
+            old.unlink(missing_ok=True)  # of a start that did not come far
     else:
         compare_settings(configs.read_json(workdir / "config.json"), config, workdir)
         # A workdir that was imported has seen no data yet.
@@ -184,7 +215,7 @@ def compare_settings(old: ConfigDict, new: ConfigDict, workdir: Path) -> None:
             f"--workdir={workdir}-2."
         )
     if how:
-        print("continuing with other settings of how to run: " + "; ".join(how))
+        mesh.say("continuing with other settings of how to run: " + "; ".join(how))
 
 
 def check_same_model(config: ConfigDict, workdir: Path) -> None:
@@ -220,16 +251,18 @@ def write_atomically(path: Path, text: str) -> None:
 def first_or_saved(
     training: Training, checkpoints: Checkpoints, where: jax.sharding.Mesh
 ) -> TrainState:
-    """The newest undamaged state, or the one before the first step, on all devices of the mesh.
+    """The newest undamaged state, or the one before the first step, on the devices of the mesh.
 
     Raises ValueError where there are checkpoints and all are damaged: nothing starts anew unasked.
     """
-    replicated = mesh.replicated(where)
+    shapes = jax.eval_shape(training.init, training.key)
+    shardings = mesh.state_shardings(shapes, where)
     if checkpoints.latest is None:
-        return jax.jit(training.init, out_shardings=replicated)(training.key)
+        return jax.jit(training.init, out_shardings=shardings)(training.key)
     abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated),
-        jax.eval_shape(training.init, training.key),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
     )
     return checkpoints.restore(-1, abstract)
 
@@ -240,11 +273,10 @@ def decoded_cache(config: ConfigDict, split: layouts.Split) -> DecodedCache:
     needed = decoded_bytes(len(split.train), config.data.image_size)
     fits = needed <= cache.budget
     what = "stay in memory" if fits else "are decoded anew in every epoch"
-    print(
+    mesh.say(
         f"the training images {what}: they take {needed / 2**30:.3g} GiB, and "
         f"config.data.cache_gib={config.data.cache_gib:g}"
-        + ("; threads read them, no workers" if fits and config.run.workers else ""),
-        flush=True,
+        + ("; threads read them, no workers" if fits and config.run.workers else "")
     )
     return cache
 
@@ -258,13 +290,16 @@ def train_batches(
     log: RunLog,
 ) -> pipeline.Batches:
     """The batches from number `start` on; the log and `skipped_in` learn of unreadable files."""
+    number = jax.process_index()  # each process reads files of its own
+    skipped = workdir / ("skipped.json" if number == 0 else f"skipped-{number}.json")
 
     def report(reason: str) -> None:
         log.note(reason)
         reasons = skipped_in(workdir)
         if reason not in reasons:
-            text = json.dumps([*reasons, reason], indent=2, ensure_ascii=False)
-            write_atomically(workdir / "skipped.json", text + "\n")
+            mine = json.loads(skipped.read_text()) if skipped.exists() else []
+            text = json.dumps([*mine, reason], indent=2, ensure_ascii=False)
+            write_atomically(skipped, text + "\n")
 
     return pipeline.train_batches(
         split.train,
@@ -285,5 +320,5 @@ def train_batches(
 
 def skipped_in(workdir: Path) -> list[str]:
     """Why which training images could not be read, at any start, so that others stood in."""
-    path = workdir / "skipped.json"
-    return json.loads(path.read_text()) if path.exists() else []
+    files = sorted(workdir.glob("skipped*.json"))
+    return list(dict.fromkeys(reason for file in files for reason in json.loads(file.read_text())))

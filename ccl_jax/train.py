@@ -6,7 +6,7 @@ state, the frozen encoder, the batch and the root key alone; everything else hap
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -15,92 +15,31 @@ import numpy as np
 import optax
 from jaxtyping import Array, Key, PyTree
 
-from ccl_jax import losses, mesh
+from ccl_jax import mesh
 from ccl_jax.augment import Recipe, normalize, second_view, to_unit
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.models import network as networks
+from ccl_jax.objective import LossSettings, Scalars, sharded_loss_terms
 from ccl_jax.run_log import RunLog
 from ccl_jax.signals import StopRequest
 from ccl_jax.state import Frozen, TrainState, join, purpose_key, split_parts
 
-Scalars = dict[str, Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class LossSettings:
-    """The three terms of the training loss; a weight of 0 leaves a term out."""
-
-    cosine_weight: float
-    cosine_flat: bool  # cosine of a whole flattened map, or mean over positions
-    local_weight: float
-    local_temperature: float
-    local_window: int | None  # side of the matching window in positions; None: the whole map
-    local_same_class: bool  # matching candidates also from another image of the class
-    global_weight: float
-    global_temperature: float
-    global_form: str  # "two_view" (first release) or "second_release"
-
-    @property
-    def contrastive(self) -> bool:
-        """Whether any term needs the second view."""
-        return self.local_weight > 0 or self.global_weight > 0
-
-
-def loss_terms(
-    out: networks.NetworkOutput,
-    labels: Array,
-    key: Key[Array, ""],
-    settings: LossSettings,
-    *,
-    negatives: Array | None = None,
-) -> Scalars:
-    """The unweighted loss terms that have a weight, by name; `key` draws missing `negatives`."""
-    terms = {}
-    if settings.cosine_weight > 0:
-        terms["cosine"] = losses.cosine_distillation_loss(
-            out.targets, out.rebuilt, flat=settings.cosine_flat
-        )
-    if settings.local_weight > 0:
-        assert out.augmented is not None  # `contrastive` made the second view
-        terms["local"] = losses.local_contrastive_loss(
-            out.targets,
-            out.augmented.targets,
-            out.projected,
-            out.augmented.projected,
-            labels,
-            key,
-            temperature=settings.local_temperature,
-            window=settings.local_window,
-            same_class_candidates=settings.local_same_class,
-            negatives=negatives,
-        )
-    if settings.global_weight > 0:
-        terms["global"] = global_term(out, labels, settings)
-    return terms
-
-
-def global_term(out: networks.NetworkOutput, labels: Array, settings: LossSettings) -> Array:
-    """The global contrastive loss on the pooled neck codes, in the chosen release's form."""
-    if settings.global_form == "second_release":
-        return losses.second_release_contrastive_loss(
-            out.pooled, labels, temperature=settings.global_temperature
-        )
-    assert out.augmented is not None  # `contrastive` made the second view
-    return losses.two_view_supervised_contrastive_loss(
-        out.pooled, out.augmented.pooled, labels, temperature=settings.global_temperature
-    )
-
 
 def make_update(
-    graphdef: Any, optimizer: optax.GradientTransformation, settings: LossSettings
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    settings: LossSettings,
+    where: jax.sharding.Mesh | None = None,
 ) -> Callable[..., tuple[TrainState, Scalars]]:
     """Returns update(state, frozen, clean, augmented, labels, *, key, noise, negatives).
 
     One optimisation step on normalised views [b, h, w, 3] (`augmented` None without contrastive
     losses), pure, returning (state, scalars). `key` draws the negatives of the local loss, unless
-    `negatives` (int [scales, b], batch indices) fixes them; `noise` is what `Network` takes. What a
-    recorded step of another implementation is compared with.
+    `negatives` (int [scales, b], batch indices) fixes them; `noise` is what `Network` takes. The
+    images lie over the devices of `where`. What a recorded step of another implementation is
+    compared with.
     """
+    terms_of = sharded_loss_terms(where)
     weights = {
         "cosine": settings.cosine_weight,
         "local": settings.local_weight,
@@ -121,7 +60,7 @@ def make_update(
         def loss_fn(params: PyTree) -> tuple[Array, tuple[Scalars, PyTree]]:
             network = networks.merge(graphdef, *join(frozen, params, state.batch_stats))
             out = network(clean, augmented, train=True, noise=noise)
-            terms = loss_terms(out, labels, key, settings, negatives=negatives)
+            terms = terms_of(out, labels, key, settings, negatives=negatives)
             total = sum((weights[name] * term for name, term in terms.items()), jnp.zeros(()))
             statistics = split_parts(networks.statistics(network), tuple(state.batch_stats))
             return total, (terms, statistics)
@@ -149,15 +88,16 @@ def make_train_step(
     *,
     noise_probability: float,
     root: Key[Array, ""],
+    where: jax.sharding.Mesh | None = None,
 ) -> Callable[[TrainState, Frozen, dict, Array], tuple[TrainState, Scalars]]:
     """Returns step(state, frozen, batch, position) -> (state, scalars), pure and ready to jit.
 
-    `batch` holds uint8 images [b, h, w, 3] and int32 labels [b], over all devices: the contrastive
-    terms and the batch statistics see the global batch. `position` is the number of the batch.
+    `batch` holds uint8 images [b, h, w, 3] and int32 labels [b], over all devices of `where`: the
+    contrastive terms and the batch statistics see the global batch. `position` is its number.
     A step whose loss or gradient is not finite changes nothing, nor does any step after it,
     because the state then lags behind the position; the scalars tell the host which step it was.
     """
-    update = make_update(graphdef, optimizer, settings)
+    update = make_update(graphdef, optimizer, settings, where)
 
     def train_step(
         state: TrainState, frozen: Frozen, batch: dict[str, Array], position: Array
@@ -212,7 +152,7 @@ def train(
     schedule: Schedule,
     checkpoints: Checkpoints,
     log: RunLog,
-    evaluate: Callable[[int, TrainState], None],
+    evaluate: Callable[[int, TrainState], Mapping[str, float]],
     stop: StopRequest,
 ) -> TrainState:
     """Runs the steps that are left, and returns the last state; it is also saved.
@@ -220,9 +160,11 @@ def train(
     `batches`, on the devices, begins at the batch whose number is `state.step`. Ends early where
     `stop` has received a signal. Raises FloatingPointError, naming step and term, where a loss or
     a gradient was not finite; the state before that step is saved. Whatever else stops it, such as
-    a file that cannot be read, the steps so far are saved too. An evaluation comes after a save.
+    a file that cannot be read, the steps so far are saved too. An evaluation comes after a save;
+    what it returns is logged.
     """
-    step = jax.jit(step, donate_argnums=0)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, mesh.replicated(where)))
     pending: list[tuple[int, Scalars]] = []
     for position in range(int(state.step), schedule.total):
         if stop.signal is not None:
@@ -242,7 +184,8 @@ def train(
                 checkpoints.save(done, state)
             if evaluates:
                 with log.paused():
-                    evaluate(done, state)
+                    found = evaluate(done, state)
+                log.write(done, found)
         except (ValueError, OSError, KeyboardInterrupt):  # e.g. a file that cannot be read
             if not state.step.is_deleted() and int(state.step) > 0:
                 checkpoints.save(int(state.step), state)
@@ -262,7 +205,7 @@ def next_batch(batches: Iterator[dict[str, Array]], log: RunLog) -> dict[str, Ar
 
 def put_number(number: int, where: jax.sharding.Mesh) -> Array:
     """The number as an int32 scalar on all devices."""
-    return jax.device_put(np.int32(number), mesh.replicated(where))
+    return mesh.put_replicated(np.int32(number), where)
 
 
 def flush(

@@ -4,11 +4,12 @@ from typing import Any
 
 from ccl_jax.config import ConfigDict, flatten
 from ccl_jax.data.layouts import LAYOUTS, VALIDATION
+from ccl_jax.mesh import CLUSTERS
 from ccl_jax.metrics.conventions import CONVENTIONS
 from ccl_jax.metrics.scores import METRICS
 from ccl_jax.models.pretrained import check_builtin
-from ccl_jax.pretraining.images import KINDS
 from ccl_jax.problems import Problems, is_integer, is_number
+from ccl_jax.validation_pretraining import check_pretraining
 
 ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
@@ -25,7 +26,16 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
             problems.check(root, lambda v: v and isinstance(v, str), "a folder", "/data/photos")
     problems.check("name", lambda v: isinstance(v, str) and bool(v), "a name", "mine")
     problems.check("seed", lambda v: is_integer(v) and 0 <= v < 2**32, "in 0 .. 2**32-1", 42)
-    for check in (_data, _model, _loss, _augment, _train, _evaluate_and_predict, _pretrain, _run):
+    for check in (
+        _data,
+        _model,
+        _loss,
+        _augment,
+        _train,
+        _evaluate_and_predict,
+        check_pretraining,
+        _run,
+    ):
         check(problems)
     if not problems.lines:
         _together(problems, config)
@@ -136,6 +146,7 @@ def _model(p: Problems) -> None:
     p.choice("model.projector", "plain", "depthwise", "none")
     p.number("model.noise_probability", 0.0, 1.0, 0.3085)
     p.choice("model.compute_dtype", "float32", "bfloat16")
+    p.integer("model.norm_images", 0, 0)
     p.check(
         "encoder.weights",
         is_weights_source,
@@ -163,6 +174,8 @@ def _loss(p: Problems) -> None:
     for term in ("local", "global_"):
         p.number(f"loss.{term}.temperature", 0.01, 10.0, 0.05)
     p.choice("loss.local.match", "global", "window")
+    p.choice("loss.local.negatives", "auto", "batch", "near")
+    p.integer("loss.local.reach", 1, 15)
     p.check("loss.local.window", lambda v: is_integer(v) and v > 0 and v % 2 == 1, "odd", 5)
     p.check(
         "loss.local.same_class_candidates", lambda v: isinstance(v, bool), "True or False", False
@@ -221,6 +234,9 @@ def _evaluate_and_predict(p: Problems) -> None:
     )
     p.integer("eval.figures_per_class", 0, 4)
     p.integer("eval.step", -1, -1)
+    p.check("eval.follow", lambda v: isinstance(v, bool), "True or False", True)
+    p.number("eval.poll_seconds", 0.0, 1e6, 10.0, above=True)
+    p.number("eval.follow_patience", 0.0, 1e9, 3600.0)
     p.check("predict.input", lambda v: isinstance(v, str), "a file or a folder", "photos/")
     p.check("predict.output", lambda v: isinstance(v, str), "a folder", "predictions/")
     p.integer("predict.batch_size", 1, 8)
@@ -235,48 +251,11 @@ def _evaluate_and_predict(p: Problems) -> None:
     p.integer("published.step", -1, -1)
 
 
-def _pretrain(p: Problems) -> None:
-    p.check(
-        "pretrain.head_weights",
-        lambda v: len(v) == 3 and all(is_number(w) and w >= 0 for w in v) and sum(v) > 0,
-        "three numbers >= 0, not all 0",
-        "'(0.3, 0.3, 1.0)'",
-    )
-    p.integer("pretrain.batch_size", 1, 80)
-    p.integer("pretrain.steps", 1, 1250)
-    p.number("pretrain.label_smoothing", 0.0, 0.9, 0.1)
-    for key in ("composite", "dense"):
-        p.check(f"pretrain.{key}", lambda v: isinstance(v, bool), "True or False", False)
-    p.integer("pretrain.episodes.steps", 0, 2000)
-    p.integer("pretrain.episodes.group", 3, 8)
-    p.integer("pretrain.episodes.sound", 1, 2)
-    p.integer("pretrain.episodes.memory", 1, 1024)
-    p.number("pretrain.episodes.softness", 0.0, 100.0, 0.15, above=True)
-    for key in ("stage_weight", "image_weight"):
-        p.number(f"pretrain.episodes.{key}", 0.0, 100.0, 0.5)
-    for section in ("pretrain", "pretrain.episodes"):
-        p.check(
-            f"{section}.kinds",
-            lambda v: len(v) > 0 and all(kind in KINDS for kind in v) and len(set(v)) == len(v),
-            f"some of {', '.join(KINDS)}",
-            "\"('networks','noise')\"",
-        )
-        for key, example in (("per_kind", 2), ("checkpoint_every", 200), ("log_every", 50)):
-            p.integer(f"{section}.{key}", 1, example)
-        p.integer(f"{section}.warmup_steps", 0, 200)
-        p.check(
-            f"{section}.image_size",
-            lambda v: is_integer(v) and v >= 32 and v % 16 == 0,
-            "a multiple of 16, the stride of the coarsest map, from 32 on",
-            64,
-        )
-        p.number(f"{section}.lr", 0.0, 10.0, 1e-3, above=True)
-        p.number(f"{section}.weight_decay", 0.0, 10.0, 0.05)
-        p.number(f"{section}.decay_share", 0.0, 0.9, 0.25)
-
-
 def _run(p: Problems) -> None:
     p.integer("run.devices", 0, 0)
+    p.integer("run.parameter_shards", 1, 1)
+    p.integer("run.heartbeat_seconds", 10, 100)
+    p.choice("run.cluster", "auto", "none", *CLUSTERS)
     p.integer("run.threads", 1, 4)
     p.integer("run.workers", 0, 0)
     for key in ("deterministic", "progress", "tensorboard"):
@@ -306,13 +285,30 @@ def _together(p: Problems, config: ConfigDict) -> None:
             f"config.pretrain.episodes.sound={phase.sound} leaves none of {phase.group} images to "
             f"be damaged, e.g. --config.pretrain.episodes.sound={max(phase.group // 4, 1)}"
         )
-    if config.eval.pool > config.data.image_size:
+    group = config.model.norm_images
+    if group and config.train.batch_size % group:
+        fit = max(n for n in range(1, group + 1) if config.train.batch_size % n == 0)
         p.lines.append(
-            f"config.eval.pool={config.eval.pool} is larger than the score map of "
-            f"{config.data.image_size} pixels, e.g. --config.eval.pool=16"
+            f"config.model.norm_images={group} does not divide "
+            f"config.train.batch_size={config.train.batch_size}; use a divisor, e.g. "
+            f"--config.model.norm_images={fit}, or 0 for the whole batch."
         )
+    _evaluation_together(p, config)
     if 2 * (config.augment.blur_kernel // 2) >= 2 * config.data.image_size:
         p.lines.append(
             f"config.augment.blur_kernel={config.augment.blur_kernel} reaches beyond the reflected "
             f"border of an image of {config.data.image_size} pixels; use a smaller one."
+        )
+
+
+def _evaluation_together(p: Problems, config: ConfigDict) -> None:
+    if config.eval.follow and config.eval.step != -1:
+        p.lines.append(
+            f"config.eval.step={config.eval.step} names one checkpoint, config.eval.follow=True "
+            f"takes all as they come; leave out one of them, e.g. --config.eval.follow=False"
+        )
+    if config.eval.pool > config.data.image_size:
+        p.lines.append(
+            f"config.eval.pool={config.eval.pool} is larger than the score map of "
+            f"{config.data.image_size} pixels, e.g. --config.eval.pool=16"
         )

@@ -13,6 +13,7 @@ import filelock
 
 LOCK = ".run.lock"
 HOLDER = ".run.json"  # beside the lock, because a lock file may be truncated by who tries it
+_LOOK = 0.3  # seconds to wait for a lock that `is_locked` may hold for a moment
 
 
 def check_writable(workdir: Path, setting: str = "--workdir") -> None:
@@ -38,7 +39,7 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     of several processes only the first may take it.
     """
     check_writable(workdir)
-    lock = filelock.FileLock(workdir / LOCK, blocking=False)
+    lock = filelock.FileLock(workdir / LOCK, timeout=_LOOK)
     try:
         lock.acquire()
     except filelock.Timeout as error:
@@ -52,6 +53,19 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     finally:
         (workdir / HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+def is_locked(workdir: Path) -> bool:
+    """Whether a run is in `workdir` now; finds out by taking its lock for a moment."""
+    if not (workdir / LOCK).exists():
+        return False
+    lock = filelock.FileLock(workdir / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        return True
+    lock.release()
+    return False
 
 
 def _write_holder(path: Path) -> None:

@@ -101,6 +101,9 @@ def model() -> dict:
         "projector": "plain",  # "plain" 3x3, "depthwise" separable, or "none" (RD without CCL)
         "noise_probability": 0.3085,  # of disturbing a step's projected maps: P(N(0, 1) > 0.5)
         "compute_dtype": "float32",  # or "bfloat16"; parameters and losses stay float32
+        # Images over which BatchNorm takes its statistics in training: 0, the whole batch; or
+        # groups of so many, e.g. those of one device, which then need no word from the others.
+        "norm_images": 0,
     }
 
 
@@ -117,6 +120,12 @@ def loss() -> dict:
             "match": "global",  # as released: best match anywhere; "window": the supplement's
             "window": 5,  # positions, side of the square window; only for match="window"
             "same_class_candidates": False,  # supplement: also match another image of the class
+            # Where negatives come from: "batch", as released, every image of another class, for
+            # which each device receives the maps of all others; "near", only the next `reach`
+            # images of the (shuffled) batch, which costs the same on any number of devices and
+            # gives the same numbers on any; "auto", "batch" on up to 8 devices, above that "near".
+            "negatives": "auto",
+            "reach": 15,  # images; 15 are as many as the published batch of 16 offers
         },
         "global_": {
             "weight": 1.0,
@@ -188,6 +197,11 @@ def evaluation() -> dict:
         "published_metrics": (),
         "figures_per_class": 4,  # test images on the figure sheet, half anomalous; 0: no figures
         "step": -1,  # checkpoint to evaluate; -1: the newest
+        "follow": False,  # of `--job evaluate`: every checkpoint of a running training as it comes
+        "poll_seconds": 10.0,  # between looks for one
+        # Seconds without a new checkpoint, and without a training in the workdir, after which a
+        # follower gives up; 0: it waits without end.
+        "follow_patience": 3600.0,
     }
 
 
@@ -261,6 +275,12 @@ def run() -> dict:
     """Settings that only say how to run; a workdir may be continued with others."""
     return {
         "devices": 0,  # devices to use; 0: all
+        "parameter_shards": 1,  # devices that hold parameters and optimizer state together
+        # Of several processes: "auto" reads JAX_COORDINATOR_ADDRESS or the environment of SLURM,
+        # Open MPI or a TPU slice on Kubernetes; "slurm", "ompi", "mpi4py", "k8s", "gcetpu" (TPU
+        # VMs) or "gketpu" insist on one; "none": this process runs alone.
+        "cluster": "auto",
+        "heartbeat_seconds": 100,  # without a sign of life of a process before the others end
         "threads": 4,  # that decode images, per process
         "workers": 0,  # processes that decode images which are not kept in memory; 0: threads only
         # Bit for bit the same on GPUs from run to run: sets --xla_gpu_deterministic_ops=true, which

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ccl_jax import mesh
+from ccl_jax.ahead import Ahead
 from ccl_jax.run_log import RunLog
 from ccl_jax.train import next_batch
 
@@ -46,7 +47,7 @@ def threads():
 
 def test_batches_come_in_order_and_lie_split_over_the_devices():
     where = mesh.make_mesh()
-    with mesh.Ahead(Source(), where) as ahead:
+    with Ahead(Source(), where) as ahead:
         for number in range(5):
             got = next(ahead)["label"]
             assert got.sharding == mesh.batch_sharding(where)
@@ -56,7 +57,7 @@ def test_batches_come_in_order_and_lie_split_over_the_devices():
 @pytest.mark.parametrize("depth", [1, 2])
 def test_so_many_batches_are_sent_before_they_are_asked_for_and_no_more(depth):
     source = Source()
-    with mesh.Ahead(source, mesh.make_mesh(1), depth=depth) as ahead:
+    with Ahead(source, mesh.make_mesh(1), depth=depth) as ahead:
         for taken in (0, 1, 2):
             wait_until(lambda taken=taken: source.read >= taken + depth)
             time.sleep(0.05)
@@ -65,14 +66,14 @@ def test_so_many_batches_are_sent_before_they_are_asked_for_and_no_more(depth):
 
 
 def test_the_end_of_the_batches_comes_after_the_last_one():
-    with mesh.Ahead(Source(stop=3), mesh.make_mesh(1)) as ahead:
+    with Ahead(Source(stop=3), mesh.make_mesh(1)) as ahead:
         assert [int(each["label"][0]) for each in ahead] == [0, 1, 2]
         assert list(ahead) == []
 
 
 @pytest.mark.parametrize("good", [0, 1, 3])
 def test_an_error_comes_in_place_of_its_batch_and_is_the_end(good):
-    with mesh.Ahead(Source(good, ValueError("bad.png")), mesh.make_mesh(1)) as ahead:
+    with Ahead(Source(good, ValueError("bad.png")), mesh.make_mesh(1)) as ahead:
         assert [int(next(ahead)["label"][0]) for _ in range(good)] == list(range(good))
         with pytest.raises(ValueError, match=r"^bad\.png$"):
             next(ahead)
@@ -81,7 +82,7 @@ def test_an_error_comes_in_place_of_its_batch_and_is_the_end(good):
 
 def test_rows_that_the_devices_cannot_split_are_an_error_too():
     with (
-        mesh.Ahead(iter([{"label": np.zeros(3, np.int32)}]), mesh.make_mesh(2)) as ahead,
+        Ahead(iter([{"label": np.zeros(3, np.int32)}]), mesh.make_mesh(2)) as ahead,
         pytest.raises(ValueError, match="3"),
     ):
         next(ahead)
@@ -89,7 +90,7 @@ def test_rows_that_the_devices_cannot_split_are_an_error_too():
 
 def test_closing_waits_for_one_batch_at_most_and_ends_the_thread():
     source = Source(seconds=0.3)
-    with mesh.Ahead(source, mesh.make_mesh(1), depth=100):
+    with Ahead(source, mesh.make_mesh(1), depth=100):
         wait_until(lambda: len(threads()) == 1)
         began = time.monotonic()
     assert time.monotonic() - began < 3  # not thirty
@@ -111,7 +112,7 @@ def test_waiting_is_counted_only_where_the_step_waits(tmp_path, monkeypatch):
             tensorboard=False,
             progress=False,
         ) as log,
-        mesh.Ahead(Source(seconds=0.2), mesh.make_mesh(1)) as ahead,
+        Ahead(Source(seconds=0.2), mesh.make_mesh(1)) as ahead,
     ):
         for _ in range(3):
             time.sleep(0.6)  # a step that computes for longer than a batch takes to come

@@ -101,6 +101,8 @@ BAD = {
     "loss.local.temperature": 0.0,
     "loss.local.match": "nearest",
     "loss.local.window": 4,
+    "loss.local.negatives": "far",
+    "loss.local.reach": 0,
     "loss.global_.temperature": -0.1,
     "loss.global_.form": "third",
     "augment.crop_scale": (0.8,),
@@ -133,6 +135,9 @@ BAD = {
     "eval.aupro_fpr_limit": 0.0,
     "eval.figures_per_class": -1,
     "eval.step": -2,
+    "eval.follow": "yes",
+    "eval.poll_seconds": 0.0,
+    "eval.follow_patience": -1.0,
     "predict.batch_size": 0,
     "pretrain.kinds": ("photos",),
     "pretrain.per_kind": 0,
@@ -157,9 +162,13 @@ BAD = {
     "pretrain.episodes.image_size": 72,
     "pretrain.episodes.lr": 0.0,
     "run.devices": -1,
+    "run.parameter_shards": 0,
+    "run.heartbeat_seconds": 1,
+    "run.cluster": "pbs",
     "run.threads": 0,
     "run.workers": -1,
     "run.deterministic": "yes",
+    "model.norm_images": -1,
 }
 
 
@@ -188,7 +197,9 @@ def test_all_illegal_values_are_told_at_once():
         ({"train.steps": 0, "train.epochs": 0}, "both 0"),
         ({"data.validation": "train"}, "means nothing for config.data.layout=synthetic"),
         ({"model.projector": "none"}, "local loss nothing to train"),
+        ({"model.norm_images": 6}, "--config.model.norm_images=4, or 0"),
         ({"eval.pool": 200}, "larger than the score map"),
+        ({"eval.follow": True, "eval.step": 5}, r"eval\.step=5 names one checkpoint"),
         ({"model.encoder": "resnet34"}, "add --config.model.encoder=resnet18"),  # builtin
         ({"augment.blur_kernel": 301}, "reaches beyond"),
         ({"pretrain.episodes.sound": 8}, r"episodes\.sound=8 leaves none of 8 images"),

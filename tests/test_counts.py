@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
 from scipy.ndimage import gaussian_filter
 
 from ccl_jax.metrics import counts as counting
@@ -28,7 +27,8 @@ def images(seed=0, number=8, size=48):
 def counted(maps, masks, weights, labels=None, classes=1, use=None):
     labels = np.zeros(len(maps), np.int32) if labels is None else np.asarray(labels, np.int32)
     use = np.ones(len(maps), bool) if use is None else np.asarray(use)
-    return ADD(counting.empty_counts(classes), maps, masks, weights, labels, use)
+    counts = ADD(counting.empty_counts(classes), maps, masks, weights, labels, use)
+    return counting.host_totals(counts)
 
 
 def names(classes):
@@ -117,7 +117,7 @@ def test_batching_and_order_do_not_change_a_single_count():
     for batch in ([7, 0, 3], [1, 2, 6], [5, 4, 4]):
         real = np.array([True, True, batch != [5, 4, 4]])
         parts = ADD(parts, maps[batch], masks[batch], weights[batch], labels[batch], real)
-    assert same(counting.class_counts(whole, names(2)), counting.class_counts(parts, names(2)))
+    assert same(counting.host_totals(whole), counting.host_totals(parts))
 
 
 def test_images_that_are_not_counted_leave_no_trace_even_with_nan():
@@ -141,7 +141,7 @@ def test_unusable_scores_raise_and_name_only_their_class(bad):
 
 def test_wrong_number_of_class_names_raises():
     with pytest.raises(ValueError, match="2 class names for counts of 3 classes"):
-        counting.class_counts(counting.empty_counts(3), names(2))
+        counting.class_counts(counting.empty_totals(3), names(2))
 
 
 @pytest.mark.parametrize("size", [256, 1024])  # split into other digits by the number of pixels
@@ -154,7 +154,7 @@ def test_region_weights_stay_exact_where_a_float32_sum_drifts(size):
     counts = counting.empty_counts(1)
     for _ in range(20):
         counts = ADD(counts, maps, mask, weights, np.zeros(1, np.int32), np.ones(1, bool))
-    region = counting.class_counts(counts, ["a"])["a"].region
+    region = counting.class_counts(counting.host_totals(counts), ["a"])["a"].region
     assert region.sum() == pytest.approx(20, rel=2e-6)
     drifting = np.cumsum(np.tile(weights[weights > 0], 20), dtype=np.float32)[-1]
     assert abs(drifting - 20) > 20 * 1e-5  # what this test guards against
@@ -179,20 +179,7 @@ def test_pixel_counts_keep_growing_beyond_float32():
     counts = ADD(
         counts, maps, masks, masks.astype(np.float32), np.zeros(1, np.int32), np.ones(1, bool)
     )
-    assert counting.class_counts(counts, ["a"])["a"].normal[bin_of_half] == 100_000_065
-
-
-def test_four_devices_count_what_one_device_counts():
-    maps, masks, weights, _ = images()
-    batch = (maps, masks, weights, np.arange(8, dtype=np.int32) % 3, np.arange(8) != 5)
-    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    sharded = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
-    add = jax.jit(counting.add_scores, donate_argnums=0)
-    alone, spread = counting.empty_counts(3), counting.empty_counts(3)
-    for _ in range(2):
-        alone, spread = ADD(alone, *batch), add(spread, *sharded)
-    assert same(alone, spread)
-    assert len(spread.normal.sharding.device_set) == 4
+    assert counting.host_totals(counts).normal[0, bin_of_half] == 100_000_065
 
 
 def test_float64_maps_are_counted_like_their_float32_values():
@@ -201,4 +188,4 @@ def test_float64_maps_are_counted_like_their_float32_values():
         batch = (masks, weights, np.zeros(8, np.int32), np.ones(8, bool))
         wide = ADD(counting.empty_counts(1), maps.astype(np.float64), *batch)
         assert wide.normal.dtype == jnp.int32 and wide.region[0].dtype == jnp.uint32
-    assert same(wide, counted(maps, masks, weights))
+    assert same(counting.host_totals(wide), counted(maps, masks, weights))

@@ -147,6 +147,45 @@ def test_batch_norm_of_a_sharded_batch_sees_the_whole_batch():
         np.testing.assert_allclose(sharded, whole, rtol=1e-5, atol=1e-6)
 
 
+def grouped_norm(channels, images):
+    norm = BatchNorm(channels)
+    norm.images = images
+    return norm
+
+
+def test_batch_norm_by_groups_normalises_each_by_itself_and_records_their_mean():
+    maps = normal(6, 6, 2, 2, 3) * jnp.arange(1.0, 7.0)[:, None, None, None]
+    norm = grouped_norm(3, 2)
+    got = norm(maps, train=True)
+    alone = [BatchNorm(3) for _ in range(3)]
+    parts = [part(maps[2 * i : 2 * i + 2], train=True) for i, part in enumerate(alone)]
+    np.testing.assert_allclose(got, jnp.concatenate(parts), rtol=1e-5, atol=1e-6)
+    for name in ("mean", "var"):
+        want = np.mean([getattr(part, name)[...] for part in alone], axis=0)
+        np.testing.assert_allclose(getattr(norm, name)[...], want, rtol=1e-5)
+
+
+def test_batch_norm_by_groups_refuses_a_batch_that_is_no_whole_number_of_them():
+    with pytest.raises(ValueError, match=r"norm_images=4 does not divide a batch of 6"):
+        grouped_norm(3, 4)(jnp.zeros((6, 1, 1, 3)), train=True)
+
+
+def test_batch_norm_by_groups_needs_no_word_from_other_devices_to_normalise():
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+    split = jax.NamedSharding(mesh, jax.P("data"))
+
+    def run(values, images):
+        norm = grouped_norm(3, images)
+        return norm(values, train=True)
+
+    maps = jnp.asarray(normal(7, 8, 2, 2, 3))
+    for images, alone in ((2, True), (0, False)):
+        step = jax.jit(run, static_argnums=1, in_shardings=split, out_shardings=split)
+        compiled = step.lower(maps, images).compile().as_text()
+        assert ("all-reduce" not in compiled) == alone
+        np.testing.assert_allclose(step(maps, images), run(maps, images), rtol=1e-5, atol=1e-6)
+
+
 def test_instance_norm_gives_each_image_and_channel_mean_zero_and_variance_one():
     got = np.asarray(instance_norm(jnp.asarray(5 + 3 * normal(7, 2, 6, 6, 4))))
     np.testing.assert_allclose(got.mean((1, 2)), 0, atol=1e-5)

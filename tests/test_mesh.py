@@ -1,6 +1,7 @@
 """Where arrays lie, on one device, on four, and over two processes."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -30,19 +31,33 @@ except ValueError as error:
     assert "fewer processes" in str(error)
 else:
     raise AssertionError("a mesh that leaves out a process was built")
+process = jax.process_index()
+totals = np.array([[2**62 + process, -5], [process, 2**33]], np.int64)
+summed = mesh.sum_over_processes(totals)
+assert summed.dtype == np.int64
+wanted = sum(int(x) for x in [2**62, 2**62 + 1]) - 2**64  # wraps as int64 does
+assert summed.tolist() == [[wanted, -10], [1, 2**34]], summed
+assert mesh.from_first(11 + process) == 11
+assert mesh.is_first() == (process == 0)
+whole = mesh.on_every_host({"image": image}, where)["image"]
+assert whole.shape == (8, 2) and whole[4:].min() >= 100, whole
+same = mesh.put_replicated({"step": np.int32(3)}, where)["step"]
+assert int(same) == 3 and same.is_fully_replicated
+mesh.say("only the first says this")
+mesh.barrier("end")
 print("result", jax.process_count(), where.size, image.shape, float(gram), flush=True)
 """
 
 
 def test_mesh_takes_all_devices_by_default():
     where = mesh.make_mesh()
-    assert where.axis_names == ("data",)
-    assert where.axis_types == (AxisType.Auto,)
-    assert list(where.devices) == jax.devices()
+    assert dict(where.shape) == {"data": 4, "shard": 1}
+    assert where.axis_types == (AxisType.Auto, AxisType.Auto)
+    assert list(where.devices.flat) == jax.devices()
 
 
 def test_mesh_takes_the_first_devices_when_told_how_many():
-    assert list(mesh.make_mesh(3).devices) == jax.devices()[:3]
+    assert list(mesh.make_mesh(3).devices.flat) == jax.devices()[:3]
 
 
 @pytest.mark.parametrize("devices", [5, -1])
@@ -51,6 +66,43 @@ def test_more_devices_than_there_are_is_refused(devices):
         ValueError, match=rf"config.run.devices={devices}, but this run has 4 \(cpu"
     ):
         mesh.make_mesh(devices)
+
+
+def test_shards_that_do_not_divide_the_devices_are_refused_with_those_that_do():
+    with pytest.raises(
+        ValueError,
+        match=r"config.run.parameter_shards=3 does not divide the 4 devices; use one of 1, 2, 4, "
+        r"e.g. --config.run.parameter_shards=2",
+    ):
+        mesh.make_mesh(4, 3)
+
+
+def test_large_leaves_of_a_state_are_split_along_their_longest_axis_that_can_be():
+    where = mesh.make_mesh(4, 2)
+    assert dict(where.shape) == {"data": 2, "shard": 2}
+    shapes = {"kernel": (3, 3, 64, 128), "odd": (3, 4099), "scale": (64,), "step": ()}
+    state = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in shapes.items()}
+    specs = jax.tree.map(lambda sharding: tuple(sharding.spec), mesh.state_shardings(state, where))
+    assert specs == {"kernel": (None, None, None, "shard"), "odd": (), "scale": (), "step": ()}
+    whole = mesh.state_shardings(state, mesh.make_mesh(4))
+    assert {tuple(sharding.spec) for sharding in whole.values()} == {()}
+
+
+def test_rows_of_a_batch_lie_in_the_order_of_the_devices_also_with_parameter_shards():
+    rows = np.arange(8, dtype=np.int32)
+    there = mesh.put_batch({"label": rows}, mesh.make_mesh(4, 2))["label"]
+    order = {shard.device: shard.data.tolist() for shard in there.addressable_shards}
+    assert [order[device] for device in jax.devices()] == [[0, 1], [2, 3], [4, 5], [6, 7]]
+
+
+def test_one_process_needs_no_agreement():
+    totals = np.array([2**40, -1])
+    assert mesh.sum_over_processes(totals) is totals
+    assert mesh.from_first(7) == 7
+    mesh.barrier("alone")
+    where = mesh.make_mesh()
+    there = mesh.put_batch({"label": np.arange(8)}, where)
+    np.testing.assert_array_equal(mesh.on_every_host(there, where)["label"], np.arange(8))
 
 
 def test_contrastive_gram_matrix_of_a_split_batch_compiles_and_is_right():
@@ -92,10 +144,18 @@ def test_batch_that_cannot_be_split_is_refused_with_the_next_that_can():
     mesh.check_divisible(12, 4, "train.batch_size")
 
 
+CLUSTER_VARIABLES = (
+    "JAX_COORDINATOR_ADDRESS",
+    "SLURM_STEP_NUM_TASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "TPU_WORKER_HOSTNAMES",
+)
+
+
 @pytest.fixture
 def joined(monkeypatch):
     """Arguments of the calls to jax.distributed.initialize, in an environment of one process."""
-    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_STEP_NUM_TASKS"):
+    for name in CLUSTER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **settings: calls.append(settings))
@@ -114,8 +174,45 @@ def test_single_slurm_task_joins_nobody(joined, monkeypatch):
 
 def test_slurm_step_leaves_the_rest_to_jax(joined, monkeypatch):
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert mesh.initialize_distributed(heartbeat_seconds=30)
+    assert joined == [{"cluster_detection_method": "slurm", "heartbeat_timeout_seconds": 30}]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "cluster"),
+    [("OMPI_COMM_WORLD_SIZE", "2", "ompi"), ("TPU_WORKER_HOSTNAMES", "a,b", "gketpu")],
+)
+def test_other_clusters_are_told_by_their_environment(
+    joined, monkeypatch, variable, value, cluster
+):
+    monkeypatch.setenv(variable, value)
     assert mesh.initialize_distributed()
-    assert joined == [{}]
+    assert joined[0]["cluster_detection_method"] == cluster
+
+
+def test_named_cluster_is_taken_at_its_name(joined):
+    assert mesh.initialize_distributed("k8s")
+    assert joined[0]["cluster_detection_method"] == "k8s"
+
+
+def test_process_that_is_to_run_alone_ignores_the_cluster(joined, monkeypatch):
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
+    assert not mesh.initialize_distributed("none")
+    assert joined == []
+
+
+def test_cluster_that_is_not_there_is_refused():
+    environment = {name: value for name, value in os.environ.items() if "SLURM" not in name}
+    program = "from ccl_jax import mesh; mesh.initialize_distributed('slurm')"
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env={name: environment[name] for name in environment.keys() - set(CLUSTER_VARIABLES)},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "ValueError: config.run.cluster='slurm': this process is not in such a" in run.stderr
 
 
 def test_process_joins_the_coordinator_it_is_told(joined, monkeypatch):
@@ -124,7 +221,12 @@ def test_process_joins_the_coordinator_it_is_told(joined, monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "1")
     assert mesh.initialize_distributed()
     assert joined == [
-        {"coordinator_address": "host:1234", "num_processes": 2, "process_id": 1},
+        {
+            "coordinator_address": "host:1234",
+            "num_processes": 2,
+            "process_id": 1,
+            "heartbeat_timeout_seconds": 100,
+        },
     ]
 
 
@@ -160,7 +262,10 @@ def test_two_processes_see_one_batch():
     ]
     outputs = [process.communicate(timeout=120) for process in processes]
     rows = np.concatenate([np.arange(8.0).reshape(4, 2), np.arange(8.0).reshape(4, 2) + 100])
+    assert ["only the first" in out for out, _ in outputs] == [True, False]
     for process, (out, err) in zip(processes, outputs, strict=True):
         assert process.returncode == 0, err
-        *_, count, size, result = out.replace("(8, 2)", "").split()
-        assert (int(count), int(size), float(result)) == (2, 4, (rows @ rows.T).sum())
+        found = re.search(r"result (\d) (\d) \(8, 2\) (\S+)", out)
+        assert found, out
+        count, size, result = map(float, found.groups())
+        assert (count, size, result) == (2, 4, (rows @ rows.T).sum())

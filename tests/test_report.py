@@ -1,5 +1,6 @@
 import json
 import re
+import threading
 from html.parser import HTMLParser
 from urllib.parse import unquote
 
@@ -295,3 +296,29 @@ def test_overlay_of_a_constant_map_is_finite_and_of_another_size_raises():
 def test_metric_names_are_the_seven_of_the_design():
     assert (*IMAGE_METRICS, *PIXEL_METRICS) == METRICS
     assert len(METRICS) == 7
+
+
+def test_two_evaluations_of_one_run_write_one_after_the_other(tmp_path):
+    order = []
+
+    def other():
+        with report.writing(tmp_path / "evaluation/5"):
+            order.append("second")
+
+    thread = threading.Thread(target=other)
+    with report.writing(tmp_path / "evaluation/4"):
+        thread.start()
+        thread.join(0.3)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+
+
+def test_results_json_comes_last_so_that_it_marks_a_complete_evaluation(tmp_path, monkeypatch):
+    def fails(*_):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(report, "_html", fails)
+    with pytest.raises(OSError, match="no space"):
+        report.write_results(tmp_path, summary())
+    assert (tmp_path / "results.md").exists() and not (tmp_path / "results.json").exists()

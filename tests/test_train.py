@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ccl_jax import jobs, losses, mesh, setup
+from ccl_jax import config as configs
+from ccl_jax import jobs, losses, mesh, settings, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.run_log import RunLog
 from ccl_jax.signals import StopRequest
@@ -19,8 +20,8 @@ ROOT_KEY = jax.random.key(0)
 def start(config, tmp_path, where):
     """Everything before the first step of a training of ten."""
     training = setup.set_up(config, tmp_path, where, 10, fresh=True)
-    state = jax.jit(training.init, out_shardings=mesh.replicated(where))(training.key)
-    return training, state
+    placed = mesh.state_shardings(jax.eval_shape(training.init, training.key), where)
+    return training, jax.jit(training.init, out_shardings=placed)(training.key)
 
 
 def batch(number=4):
@@ -29,10 +30,11 @@ def batch(number=4):
     return {"image": images, "label": (np.arange(number) % 2).astype(np.int32)}
 
 
-def run_steps(config, tmp_path, devices, steps=2):
-    where = mesh.make_mesh(devices)
+def run_steps(config, tmp_path, devices, steps=2, shards=1):
+    where = mesh.make_mesh(devices, shards)
     training, state = start(config, tmp_path, where)
-    step = jax.jit(training.step)
+    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
+    step = jax.jit(training.step, out_shardings=(placed, mesh.replicated(where)))
     scalars = {}
     for position in range(steps):
         position = jax.device_put(np.int32(position), mesh.replicated(where))
@@ -61,6 +63,19 @@ def test_four_devices_compute_what_one_computes(tiny_config, tmp_path):
     for (name, a), (_, b) in zip(moments(one).items(), moments(four).items(), strict=True):
         error = np.linalg.norm(a - b) / (np.linalg.norm(a) + 1e-8)
         assert error < 2e-2, (name, error)
+
+
+@pytest.mark.slow
+def test_state_that_is_split_over_devices_computes_what_whole_ones_compute(tiny_config, tmp_path):
+    whole, scalars = run_steps(tiny_config, tmp_path / "whole", 4, steps=1)
+    split, other_scalars = run_steps(tiny_config, tmp_path / "split", 4, steps=1, shards=2)
+    for name, value in scalars.items():
+        np.testing.assert_allclose(other_scalars[name], value, rtol=1e-5, err_msg=name)
+    held = {leaf.addressable_shards[0].data.size / leaf.size for leaf in jax.tree.leaves(split)}
+    assert held == {0.5, 1.0}
+    large = [leaf for leaf in jax.tree.leaves(split.opt_state) if leaf.size >= 2**16]
+    assert all(not leaf.is_fully_replicated for leaf in large)
+    assert largest_difference(whole.batch_stats, split.batch_stats) < 1e-5
 
 
 def moments(state):
@@ -103,6 +118,23 @@ def test_every_variant_of_the_method_takes_finite_steps(tiny_config, tmp_path, n
     wanted = {"local": "loss.local.weight", "global": "loss.global_.weight"}
     for term, key in wanted.items():
         assert (term in scalars) == (SETTINGS[name].get(key, 1.0) > 0)
+
+
+def test_automatic_choice_of_negatives_depends_on_the_devices_and_stays_with_the_workdir(
+    tiny_config, tmp_path
+):
+    def chosen(config, devices, *, fresh):
+        return setup.with_negatives(config, tmp_path, devices, fresh=fresh).loss.local.negatives
+
+    assert chosen(tiny_config, 8, fresh=True) == "batch"
+    assert chosen(tiny_config, 9, fresh=True) == "near"
+    started = setup.with_negatives(tiny_config, tmp_path, 16, fresh=True)
+    (tmp_path / "config.json").write_text(configs.to_json(started))
+    assert chosen(tiny_config, 1, fresh=False) == "near"
+    tiny_config.loss.local.negatives = "batch"
+    assert chosen(tiny_config, 16, fresh=False) == "batch"  # which settle_workdir then refuses
+    assert settings.loss_settings(started, "near").local_reach == 15
+    assert settings.loss_settings(started, "batch").local_reach is None
 
 
 def test_a_step_moves_the_trained_parts_and_counts_itself(tiny_config, tmp_path):
@@ -206,8 +238,13 @@ def test_stop_and_resume_equals_straight_through_bit_for_bit(tiny_config, tmp_pa
         for name in ("straight", "stopped")
     ]
     assert scores[0] == scores[1]
-    lines = (tmp_path / "stopped/log/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [2, 3, 4]
+    text = (tmp_path / "stopped/log/metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [2, 3, 4]
+    (evaluated,) = [line for line in lines if "evaluation/image_auroc" in line]
+    mean = json.loads((tmp_path / "stopped/evaluation/4/results.json").read_text())["mean"]
+    assert evaluated["step"] == 4
+    assert {name: evaluated[f"evaluation/{name}"] for name in mean} == mean
 
 
 def test_a_signal_is_noted_once_and_handlers_come_back():

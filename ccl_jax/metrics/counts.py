@@ -5,7 +5,8 @@ per octave between 2**-10 and 4, 1024 per octave from there down to 2**-42 and u
 that differ by less than one part in 8192 (elsewhere: in 1024) may share a bin and count as tied. On
 smoothed maps whose scores spread by 5 % or more this changes AUROC and AUPRO by less than 1e-5, AP
 and F1-max by about 1e-4. Everything is counted in whole numbers, so that the result does not depend
-on how the images were batched or over how many devices they were spread.
+on how the images were batched or over how many devices and processes they were spread.
+Devices count in 32 bits, the host adds up in 64 (`counter.Counter`).
 """
 
 from collections.abc import Sequence
@@ -29,20 +30,40 @@ _COARSE_SKIPPED = 12 << _COARSE_BITS  # coarse bins whose place the fine ones ta
 _SLACK = 1e-4  # rounding makes a cosine distance of zero slightly negative; that is no error
 
 _HIGH_BITS, _WEIGHT_BITS = 15, 35  # a region weight is kept in units of 2**-35, in two words
+MOST_PIXELS = 2**31 - 1  # that an int32 counts
+MOST_REGIONS = 2 ** (32 - _HIGH_BITS) - 1  # whose weights the high word holds, rest included
 
 
 class ScoreCounts(NamedTuple):
-    """Pixels and region weights per class and bin, and unusable maps per class.
+    """Pixels and region weights per class and bin, and unusable maps per class, on a device.
 
     `normal` and `anomalous` are int32 [k, bins]. `region` is two words, uint32 [k, bins] each, in
     units of 2**-15 and 2**-35. `invalid` is int32 [k]: maps left out because of NaN, infinite or
-    negative scores. `class_counts` makes float64 numbers of it.
+    negative scores.
     """
 
     normal: jax.Array
     anomalous: jax.Array
     region: tuple[jax.Array, jax.Array]
     invalid: jax.Array
+
+
+class Totals(NamedTuple):
+    """The same on the host, in 64 bits: over batches, devices and processes.
+
+    `normal` and `anomalous` are int64 [k, bins]; `region` is uint64 [k, bins] in units of 2**-35,
+    enough for 2**29 regions of a class in a bin; `invalid` is int64 [k]. `class_counts` makes
+    histograms of it.
+    """
+
+    normal: np.ndarray
+    anomalous: np.ndarray
+    region: np.ndarray
+    invalid: np.ndarray
+
+
+class UnusableScoresError(ValueError):
+    """A network's score maps are NaN, infinite or negative, so it has no metrics."""
 
 
 class ClassCounts(NamedTuple):
@@ -98,8 +119,8 @@ def add_scores(
     """Counts that include the pixels of the images where `counted` is True.
 
     `masks` is non-zero on anomalous pixels; `region_weight` is one over the number of pixels of the
-    pixel's region (`scores.region_weights`), 0 on normal pixels. Exact for up to 2**31 pixels and
-    2**16 regions of a class in one bin. Call it under `jax.jit` with the counts donated.
+    pixel's region (`scores.region_weights`), 0 on normal pixels. Exact for up to MOST_PIXELS and
+    MOST_REGIONS of a class in one bin. Call it under `jax.jit` with the counts donated.
     """
     usable = (jnp.isfinite(maps) & (maps >= -_SLACK)).all(axis=(1, 2))
     used = (counted & usable)[:, None, None]
@@ -133,26 +154,57 @@ def add_scores(
     )
 
 
-def class_counts(counts: ScoreCounts, class_names: Sequence[str]) -> dict[str, ClassCounts]:
-    """Counts of every class on the host; ValueError naming the classes with unusable scores."""
-    if len(class_names) != counts.invalid.shape[0]:
+def empty_totals(classes: int) -> Totals:
+    """Totals of no image at all: a little over 3 MiB per class."""
+    return Totals(
+        normal=np.zeros((classes, BINS), np.int64),
+        anomalous=np.zeros((classes, BINS), np.int64),
+        region=np.zeros((classes, BINS), np.uint64),
+        invalid=np.zeros(classes, np.int64),
+    )
+
+
+def host_totals(counts: ScoreCounts) -> Totals:
+    """The counts of one device as 64-bit integers on the host."""
+    totals = empty_totals(len(counts.invalid))
+    add_to_totals(totals, jax.device_get(counts))
+    return totals
+
+
+def add_to_totals(totals: Totals, counts: ScoreCounts) -> None:
+    """Adds the counts of a device, fetched, to the totals in place."""
+    for label in range(len(totals.invalid)):
+        totals.normal[label] += counts.normal[label]
+        totals.anomalous[label] += counts.anomalous[label]
+        high, low = (np.asarray(word[label], np.uint64) for word in counts.region)
+        totals.region[label] += (high << np.uint64(_WEIGHT_BITS - _HIGH_BITS)) + low
+        totals.invalid[label] += counts.invalid[label]
+
+
+def class_counts(totals: Totals, class_names: Sequence[str]) -> dict[str, ClassCounts]:
+    """The histograms of every class.
+
+    Raises:
+        UnusableScoresError: NaN, infinite or negative scores; names the classes.
+        ValueError: Another number of names than of classes.
+    """
+    if len(class_names) != len(totals.invalid):
         raise ValueError(
-            f"{len(class_names)} class names for counts of {counts.invalid.shape[0]} classes; "
+            f"{len(class_names)} class names for counts of {len(totals.invalid)} classes; "
             "pass one name for each label, in the order of the labels."
         )
-    invalid = np.asarray(counts.invalid)
-    bad = [f"{name} ({n} maps)" for name, n in zip(class_names, invalid, strict=True) if n]
+    bad = [f"{name} ({n} maps)" for name, n in zip(class_names, totals.invalid, strict=True) if n]
     if bad:
-        raise ValueError(
+        raise UnusableScoresError(
             f"NaN, infinite or negative pixel scores in class {', '.join(bad)}; the checkpoint has "
             "most likely diverged: evaluate an earlier step (--config.eval.step) or train with a "
             "lower --config.optimizer.lr."
         )
-    normal, anomalous = np.asarray(counts.normal), np.asarray(counts.anomalous)
-    high, low = (np.asarray(word, np.float64) for word in counts.region)
-    region = high * 2.0**-_HIGH_BITS + low * 2.0**-_WEIGHT_BITS
     return {
-        name: ClassCounts(normal[i], anomalous[i], region[i]) for i, name in enumerate(class_names)
+        name: ClassCounts(
+            totals.normal[i], totals.anomalous[i], totals.region[i] * 2.0**-_WEIGHT_BITS
+        )
+        for i, name in enumerate(class_names)
     }
 
 

@@ -108,10 +108,15 @@ class BatchNorm(nnx.Module):
 
     The batch is normalised by its biased variance; the running variance takes the unbiased one,
     which `flax.nnx.BatchNorm` does not. Statistics have at least float32.
+
+    With `images` above 0 each group of so many consecutive images is a batch of its own, and the
+    running statistics take the mean over the groups. Devices that hold whole groups then normalise
+    without a word from others, and any number of them gives the same.
     """
 
     epsilon = 1e-5
     momentum = 0.9  # share of the old statistics that stays
+    images = 0  # of a group that is normalised by itself; 0: all
 
     def __init__(self, channels: int):
         self.scale = nnx.Param(jnp.ones((channels,), jnp.float32))
@@ -122,9 +127,12 @@ class BatchNorm(nnx.Module):
     def __call__(self, maps: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h w c"]:
         """Normalised maps in the input's dtype; `train` uses, and records, the batch's statistics.
 
-        Under jit with a sharded batch the statistics are those of the whole batch.
+        Under jit with a sharded batch the statistics are those of the whole batch. Raises
+        ValueError where the batch is no whole number of groups.
         """
         exact = maps.astype(jnp.promote_types(maps.dtype, jnp.float32))
+        if train and self.images:
+            return self._by_group(exact).astype(maps.dtype)
         if train:
             mean = exact.mean((0, 1, 2))
             # Two passes: E[x^2] - E[x]^2 cancels where a channel is almost constant.
@@ -134,6 +142,21 @@ class BatchNorm(nnx.Module):
             mean, variance = self.mean[...], self.var[...]
         factor = self.scale[...] * lax.rsqrt(variance + self.epsilon)
         return ((exact - mean) * factor + self.bias[...]).astype(maps.dtype)
+
+    def _by_group(self, maps: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        images, height, width, channels = maps.shape
+        if images % self.images:
+            raise ValueError(
+                f"config.model.norm_images={self.images} does not divide a batch of {images}; use "
+                f"a divisor, or 0 for the whole batch: --config.model.norm_images=0."
+            )
+        groups = maps.reshape(-1, self.images, height, width, channels)
+        mean = groups.mean((1, 2, 3), keepdims=True)
+        variance = jnp.square(groups - mean).mean((1, 2, 3), keepdims=True)
+        count = self.images * height * width
+        self._record(mean.mean((0, 1, 2, 3)), variance.mean((0, 1, 2, 3)), count=count)
+        factor = self.scale[...] * lax.rsqrt(variance + self.epsilon)
+        return ((groups - mean) * factor + self.bias[...]).reshape(maps.shape)
 
     def _record(self, mean: jax.Array, variance: jax.Array, *, count: int) -> None:
         mean, variance = lax.stop_gradient((mean, variance))

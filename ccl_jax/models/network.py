@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from ccl_jax.models.initial import Draws
+from ccl_jax.models.layers import BatchNorm
 from ccl_jax.models.layers import compute_dtype as dtype_of
 from ccl_jax.models.projector import Projector
 from ccl_jax.models.resnet import ResNetEncoder
@@ -151,9 +152,12 @@ def build_network(
 
 
 def abstract_network(
-    *, family: str, encoder: str, projector: str, compute_dtype: str
+    *, family: str, encoder: str, projector: str, compute_dtype: str, norm_images: int = 0
 ) -> tuple[nnx.GraphDef, Tree, Tree]:
-    """Structure, parameters and running statistics as shapes; allocates nothing."""
+    """Structure, parameters and running statistics as shapes; allocates nothing.
+
+    In training BatchNorm takes its statistics over groups of `norm_images` images; 0: over all.
+    """
     network = nnx.eval_shape(
         lambda: _assemble(
             family=family,
@@ -163,6 +167,9 @@ def abstract_network(
             draws=Draws(jax.random.key(0)),
         )
     )
+    for _, module in nnx.iter_modules(network):
+        if isinstance(module, BatchNorm):
+            module.images = norm_images
     return split(network)
 
 

@@ -99,7 +99,7 @@ def pixels_by_counts(maps: np.ndarray, masks: np.ndarray) -> measures.PixelHisto
         np.zeros(number, np.int32),
         np.ones(number, bool),
     )
-    one = counts.class_counts(counted, ["one"])["one"]
+    one = counts.class_counts(counts.host_totals(counted), ["one"])["one"]
     return measures.PixelHistogram(counts.bin_values(), *one, regions=sum(regions))
 
 

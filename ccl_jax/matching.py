@@ -1,0 +1,82 @@
+"""Which position of one feature map resembles which of another most."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NORM_FLOOR = 1e-8  # shorter vectors have no direction; the clamp of the reference's cosine
+EXACT = jax.lax.Precision.HIGHEST  # accelerators multiply float32 in fewer bits by default
+
+
+def unit(vectors: Float[Array, "..."], axis: int | tuple[int, ...] = -1) -> Float[Array, "..."]:
+    """The vectors along `axis`, scaled to length 1; below NORM_FLOOR zero, with zero gradient."""
+    vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    squares = jnp.sum(vectors * vectors, axis, keepdims=True)
+    long_enough = squares > NORM_FLOOR**2
+    # The inner `where` keeps the square root, whose slope at 0 is infinite, away from 0.
+    return jnp.where(long_enough, vectors / jnp.sqrt(jnp.where(long_enough, squares, 1.0)), 0.0)
+
+
+def best_matches(
+    queries: Float[Array, "b h w c"],
+    keys: Float[Array, "b h w c"],
+    *,
+    window: int | None = None,
+    block: int = 256,
+) -> tuple[Int[Array, "b h*w"], Float[Array, "b h*w"]]:
+    """For each position of `queries` the most similar position of `keys`, and their cosine.
+
+    A position is counted row by row (y * w + x); the first wins a tie. With `window` only the
+    square of that side around the same position is searched. Neither way builds the whole
+    (h*w, h*w) matrix: memory is b * block * h*w, or b * h*w with a window. No gradient.
+
+    Raises:
+        ValueError: the window has no centre.
+    """
+    queries, keys = unit(jax.lax.stop_gradient(queries)), unit(jax.lax.stop_gradient(keys))
+    if window is not None:
+        return _best_matches_in_window(queries, keys, window)
+    b, h, w, c = queries.shape
+    keys = keys.reshape(b, h * w, c)
+
+    def match(query: Float[Array, "b c"]) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
+        cosines = jnp.einsum("bc,bnc->bn", query, keys, precision=EXACT)
+        return jnp.argmax(cosines, axis=1).astype(jnp.int32), jnp.max(cosines, axis=1)
+
+    by_position = queries.reshape(b, h * w, c).swapaxes(0, 1)
+    index, cosine = jax.lax.map(match, by_position, batch_size=block)
+    return index.T, cosine.T
+
+
+def _best_matches_in_window(
+    queries: Float[Array, "b h w c"], keys: Float[Array, "b h w c"], window: int
+) -> tuple[Int[Array, "b h*w"], Float[Array, "b h*w"]]:
+    """`best_matches` of unit vectors, one shift of the keys at a time, keeping the best so far."""
+    if window < 1 or window % 2 == 0:
+        raise ValueError(
+            f"config.loss.local.window={window} has no central position; use an odd number, "
+            f"e.g. --config.loss.local.window={max(window, 0) + 1}."
+        )
+    b, h, w, _ = queries.shape
+    reach = window // 2
+    margin = [(0, 0), (reach, reach), (reach, reach), (0, 0)]
+    padded = jnp.pad(keys, margin)
+    inside = jnp.pad(jnp.ones((1, h, w, 1), bool), margin)
+    position = jnp.arange(h * w, dtype=jnp.int32).reshape(1, h, w)
+
+    def try_shift(best: tuple, shift: Int[Array, "2"]) -> tuple:
+        def shifted(maps: Array) -> Array:
+            rows = jax.lax.dynamic_slice_in_dim(maps, shift[0], h, axis=1)
+            return jax.lax.dynamic_slice_in_dim(rows, shift[1], w, axis=2)
+
+        cosine = jnp.sum(queries * shifted(padded), -1)
+        cosine = jnp.where(shifted(inside)[..., 0], cosine, -jnp.inf)
+        index = position + (shift[0] - reach) * w + (shift[1] - reach)
+        better = cosine > best[1]
+        return (jnp.where(better, index, best[0]), jnp.where(better, cosine, best[1])), None
+
+    any_map = queries[..., 0]  # like this, so that within shard_map it varies over the devices too
+    nothing = (jnp.zeros_like(any_map, jnp.int32), jnp.full_like(any_map, -jnp.inf))
+    shifts = jnp.stack(jnp.divmod(jnp.arange(window**2, dtype=jnp.int32), window), axis=1)
+    (index, cosine), _ = jax.lax.scan(try_shift, nothing, shifts)
+    return index.reshape(b, h * w), cosine.reshape(b, h * w)
