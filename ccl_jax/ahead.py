@@ -36,6 +36,10 @@ class Ahead(Iterator[dict[str, jax.Array]], AbstractContextManager):
     def _send_next(self) -> None:
         self._coming.append(self._thread.submit(lambda: put_batch(next(self._batches), self._mesh)))
 
+    def ready(self) -> bool:
+        """Whether the next batch is there, so that `next` need not wait."""
+        return not self._coming or self._coming[0].done()
+
     def __next__(self) -> dict[str, jax.Array]:
         if not self._coming:
             raise StopIteration

@@ -2,71 +2,90 @@
 
 import contextlib
 import dataclasses
+import functools
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
+import numpy as np
 
-from ccl_jax import baseline, follow, mesh, report, settings, setup
+from ccl_jax import baseline, follow, mesh, notices, report, settings, setup
 from ccl_jax.ahead import Ahead
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
 from ccl_jax.data.pictures import DecodedCache
 from ccl_jax.datasets import read_split
 from ccl_jax.evaluate import Conventions, evaluate
+from ccl_jax.loop import check_together
 from ccl_jax.predict import Detector, predict_files, scorer_of
 from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.pretraining.run import WEIGHTS, Look, check_recipe, pretrain
 from ccl_jax.provenance import provenance
 from ccl_jax.scoring import Scorer, Scorers, architecture_of, map_settings_of
-from ccl_jax.signals import StopRequest
+from ccl_jax.signals import Stopped, StopRequest
 from ccl_jax.state import TrainState, join
 from ccl_jax.train import train
 from ccl_jax.workdir import check_writable, lock_workdir
 
 
 def train_job(config: ConfigDict, workdir: Path) -> int:
-    """Trains, or goes on training, in `workdir`; evaluates on the way and at the end."""
-    start = time.perf_counter()
+    """Trains, or goes on training, in `workdir`; evaluates on the way and at the end.
+
+    Returns 0 once that is complete; where it was asked to stop, `run.unfinished_exit_code`.
+    """
     where = setup.devices_of(config, "train.batch_size", "eval.batch_size")
-    split = read_split(config)
-    total, per_epoch = settings.total_steps(config, len(split.train))
-    with lock_workdir(workdir) if mesh.is_first() else contextlib.nullcontext():
-        with (
-            StopRequest() as stop,
-            setup.checkpoints_of(config, workdir) as checkpoints,
-        ):
-            fresh = checkpoints.latest is None
-            mesh.barrier("all have looked")  # before the first process writes
-            config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
-            if mesh.is_first():
-                setup.settle_workdir(config, workdir, split, fresh=fresh)
-            training = setup.set_up(config, workdir, where, total, fresh=fresh)
-            state = setup.first_or_saved(training, checkpoints, where)
-            done = int(state.step)
-            mesh.say(
-                f"{config.name}: {len(split.train)} training images of {len(split.class_names)} "
-                f"classes, {total} steps of {config.train.batch_size} images "
-                f"({total / per_epoch:.1f} epochs) on {where.size} x {jax.devices()[0].device_kind}"
-                + (f" in {jax.process_count()} processes" if jax.process_count() > 1 else "")
-                + (f", continuing at step {done}" if done else "")
-            )
-            cache = setup.decoded_cache(config, split)
+    try:
+        with StopRequest(config.run.stop_signals) as stop:
+            with stop.at_once():
+                split = read_split(config)
+            train_in(config, workdir, where, split, stop)
+    except Stopped as stopped:
+        return notices.unfinished(config, stopped)
+    return 0
 
-            def evaluation(number: int, state: TrainState) -> dict[str, float]:
-                variables = join(training.frozen, state.params, state.batch_stats)
-                maps = map_settings_of(config.to_dict())
-                scorer = Scorer(
-                    training.graphdef, *variables, maps, where, number, training.encoder
-                )
-                seconds = time.perf_counter() - start
-                again = cache if config.eval.every_steps else None  # kept images pay when reread
-                return evaluate_and_print(config, workdir, scorer, split, seconds, again)
 
+def train_in(
+    config: ConfigDict,
+    workdir: Path,
+    where: jax.sharding.Mesh,
+    split: layouts.Split,
+    stop: StopRequest,
+) -> None:
+    """Trains and evaluates until all is done; raises `Stopped` where a signal ended it before."""
+    start = time.perf_counter()
+    total, _ = settings.total_steps(config, len(split.train))
+    with (
+        lock_workdir(workdir) if mesh.is_first() else contextlib.nullcontext(),
+        setup.watch(config, workdir) as watch,
+        setup.checkpoints_of(config, workdir) as checkpoints,
+    ):
+        fresh = checkpoints.latest is None
+        mesh.barrier("all have looked")  # before the first process writes
+        config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
+        if mesh.is_first():
+            setup.settle_workdir(config, workdir, split, fresh=fresh)
+        training = setup.set_up(config, workdir, where, total, fresh=fresh)
+        state = setup.first_or_saved(training, checkpoints, where)
+        done = int(state.step)
+        notices.begin(config, workdir, split, where, done=done, total=total)
+        cache = setup.decoded_cache(config, split)
+
+        def evaluation(number: int, state: TrainState) -> dict[str, float]:
+            variables = join(training.frozen, state.params, state.batch_stats)
+            maps = map_settings_of(config.to_dict())
+            scorer = Scorer(training.graphdef, *variables, maps, where, number, training.encoder)
+            seconds = time.perf_counter() - start
+            again = cache if config.eval.every_steps else None  # kept images pay when reread
+            saved = f"saved step {number} of {total}, whose evaluation is missing"
+            over = watch.over(functools.partial(check_together, stop, saved))
+            with watch.during("evaluating", number):
+                return evaluate_and_print(config, workdir, scorer, split, seconds, again, over)
+
+        with setup.run_log(config, workdir, where, total, done) as log:
             try:
                 with (
-                    setup.run_log(config, workdir, total, done) as log,
                     setup.train_batches(config, workdir, split, done, cache, log) as batches,
                     Ahead(batches, where) as sent,
                 ):
@@ -81,19 +100,17 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
                         log=log,
                         evaluate=evaluation,
                         stop=stop,
+                        watch=watch,
                     )
             finally:
                 print_skipped(workdir)
+            checkpoints.wait()
             mesh.barrier("the training has ended")
-        if stop.signal is None:  # signals act as usual again: everything is saved
-            with setup.run_log(config, workdir, total, total, progress=False) as log:
-                log.write(total, evaluation(total, state))
-            return 0
-        mesh.say(
-            f"{stop.signal.name}: saved step {int(state.step)} of {total}; run the same command to "
-            f"go on."
-        )
-        return 128 + stop.signal
+            if int(state.step) < total:
+                stop.check(f"saved step {int(state.step)} of {total}")
+            notices.mark_complete(workdir, total, log)
+            log.finish()
+            log.write(total, evaluation(total, state))
 
 
 def evaluate_job(config: ConfigDict, workdir: Path) -> int:
@@ -128,11 +145,12 @@ def follow_job(config: ConfigDict, workdir: Path) -> int:
 
         def evaluated(scorer: Scorer) -> None:
             seconds = time.perf_counter() - start
-            evaluate_and_print(config, workdir, scorer, split, seconds, cache, stop)
+            over = functools.partial(follow.until_stopped, stop=stop)
+            evaluate_and_print(config, workdir, scorer, split, seconds, cache, over)
 
         return follow.Evaluator(scorers.at, evaluated)
 
-    with StopRequest() as stop:
+    with StopRequest(config.run.stop_signals) as stop:
         return follow.follow(
             workdir,
             opened,
@@ -196,14 +214,13 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     for name, recipe, _ in phases:
         check_recipe(recipe, where.size, name)
     begin = None
-    with lock_workdir(workdir), StopRequest() as stop:
+    with lock_workdir(workdir), StopRequest(config.run.stop_signals) as stop:
         for name, recipe, plan in phases:
             folder = workdir / name
             print(f"{name}: {plan.steps} steps of {recipe.batch_size} images", flush=True)
             written = pretrain(folder, recipe, plan, begin=begin, where=where, look=look, stop=stop)
             if written is None and stop.signal is not None:
-                print(f"{stop.signal.name}: saved; run the same command to go on.", flush=True)
-                return 128 + stop.signal
+                return notices.unfinished(config, Stopped(stop.signal, "saved"))
             begin = folder / WEIGHTS
     print(f"{begin}: sha256 {written}, for config.encoder.weights")
     return 0
@@ -227,12 +244,12 @@ def evaluate_and_print(
     split: layouts.Split,
     seconds: float,
     cache: DecodedCache | None = None,
-    stop: StopRequest | None = None,
+    over: Callable[[Iterable[dict[str, np.ndarray]]], Iterable[dict[str, np.ndarray]]] = iter,
 ) -> dict[str, float]:
     """Evaluates a scorer on the test images, and prints the table and where the rest is.
 
     Returns the mean metrics as they are logged. `cache` keeps the test images for the next
-    evaluation. Raises `follow.StoppedError` between two batches after a signal that `stop` noted.
+    evaluation; `over` goes over the batches, and may raise between two of them.
     """
     folder = workdir / "evaluation" / str(scorer.step)
     with pipeline.evaluation_batches(
@@ -248,7 +265,7 @@ def evaluate_and_print(
         results = evaluate(
             scorer,
             split.test,
-            batches if stop is None else follow.until_stopped(batches, stop),
+            over(batches),
             split.class_names,
             conventions=conventions_of(config),
             folder=folder,

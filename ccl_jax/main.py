@@ -14,8 +14,14 @@ pretrain learns an encoder from procedural images (configs/pretrain.py). evaluat
 export need no --config: the workdir knows its own. configs/default.py lists every setting with its
 unit.
 
-Exit status: 0 done, 1 an error (for predict also: some files could not be read; for prepare: data
-that would spoil a training), 2 wrong arguments, 130 or 143 stopped by Ctrl-C or SIGTERM.
+Exit status:
+    0    done; of a training: all steps, and their evaluation
+    1    an error; predict: some files could not be read; prepare: data would spoil a training
+    2    wrong arguments
+    70   nothing went on for config.run.stall_seconds, or another process of the run is lost
+    130  stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 138 by SIGUSR1: 128 + the signal's number, or
+         config.run.unfinished_exit_code; the same command goes on
+    134  JAX ended this process, because another one of the run is lost
 """
 
 import os
@@ -28,7 +34,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ccl_jax import config as configs
-from ccl_jax import data_jobs, exchange, follow, jobs
+from ccl_jax import data_jobs, exchange, follow, jobs, mesh
 from ccl_jax.signals import StopRequest
 from ccl_jax.validation import validate
 
@@ -186,5 +192,18 @@ def explain(error: Exception) -> str:
     return "".join(traceback.format_exception(error)).rstrip()
 
 
+def leave(status: int) -> None:
+    """Ends this process; after an error in one of several, without waiting for the others.
+
+    They wait for this one, and at a usual end it would wait for them. Statuses above 2 are those
+    on which all agree.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status in (1, 2) and not mesh.is_alone():
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

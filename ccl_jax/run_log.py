@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -15,64 +15,7 @@ from typing import IO, Any
 import jax
 from tqdm import tqdm
 
-
-class Throughput:
-    """Images per second, and the share of the time in which the devices waited for the host's data.
-
-    Counts from the end of the first step, so that compilation does not enter.
-    """
-
-    def __init__(
-        self, images_per_step: int, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
-        self._images_per_step = images_per_step
-        self._clock = clock
-        self._start: float | None = None
-        self._steps = 0
-        self._waited = 0.0
-        self._paused = 0.0
-
-    def step(self) -> None:
-        """Counts a step."""
-        if self._start is None:
-            self._restart()
-        else:
-            self._steps += 1
-
-    def waited(self, seconds: float) -> None:
-        """Adds to the time spent waiting for input."""
-        self._waited += seconds
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves the time of the block out: an evaluation is no training."""
-        before = self._clock()
-        try:
-            yield
-        finally:
-            self._paused += self._clock() - before
-
-    def figures(self) -> dict[str, float]:
-        """The figures since the last call, which then start anew; {} where no step was counted.
-
-        `images_per_second` over all devices; `input_wait`, a share in [0, 1]. Right after the
-        losses were fetched they are exact, for until then steps may still be computing.
-        """
-        if self._start is None or self._steps == 0:
-            return {}
-        seconds = max(self._clock() - self._start - self._paused, 1e-9)
-        figures = {
-            "images_per_second": self._steps * self._images_per_step / seconds,
-            "input_wait": min(self._waited / seconds, 1.0),
-        }
-        self._restart()
-        return figures
-
-    def _restart(self) -> None:
-        self._start = self._clock()
-        self._steps = 0
-        self._waited = 0.0
-        self._paused = 0.0
+from ccl_jax.throughput import Goodput, SlowStep, Throughput
 
 
 class RunLog:
@@ -92,15 +35,21 @@ class RunLog:
         images_per_step: int,
         tensorboard: bool,
         progress: bool,
+        devices: int = 1,
+        peak: float | None = None,
     ) -> None:
-        self._throughput = Throughput(images_per_step)
+        """Of a run on `devices`, each of which can do `peak` FLOP/s at most, if that is known."""
+        self._throughput = Throughput(images_per_step, devices=devices, peak=peak)
+        self._compile_seconds: float | None = None
+        self._goodput: Goodput | None = None
         self._lines: IO[str] | None = None
         self._writing = threading.Lock()  # notes come from other threads
         self._events: Any = None
         first = jax.process_index() == 0
         if first:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lines = _reopen(folder / "metrics.jsonl", start_step)
+            self._lines, useful = _reopen(folder / "metrics.jsonl", start_step)
+            self._goodput = Goodput(folder / "goodput.json", useful)
         if first and tensorboard:
             self._events = _open_events(folder, start_step)
         self._bar = tqdm(
@@ -144,11 +93,40 @@ class RunLog:
         """A block whose time counts neither as training nor as waiting, e.g. an evaluation."""
         return self._throughput.paused()
 
+    def saving(self) -> contextlib.AbstractContextManager[None]:
+        """A block whose time counts as one in which a checkpoint held the steps up."""
+        return self._throughput.saving()
+
+    def compiled(self, seconds: float, flops: float) -> None:
+        """Starts counting speed: the step is compiled, and takes `flops` over all devices."""
+        self._compile_seconds = seconds
+        self._throughput.begin(flops)
+
     def advance(self, step: int) -> None:
-        """Counts the step and moves the progress bar to it."""
-        self._throughput.step()
+        """Counts the step and moves the progress bar to it; notes a step that took far too long."""
+        slow = self._throughput.step()
         self._bar.update(step - self._step)
         self._step = step
+        if slow is not None and self._speaks_of(slow):
+            self.note(f"step {step} {slow}")
+
+    def finish(self) -> None:
+        """Takes the progress bar away: no steps follow."""
+        self._bar.close()
+
+    def summary(self) -> dict[str, float]:
+        """`seconds` since the very first start, `step_seconds` and `goodput`; {} but in the first.
+
+        Only the first process keeps them.
+        """
+        if self._goodput is None:
+            return {}
+        figures = self._goodput.figures(self._throughput.step_seconds)
+        return {"seconds": self._goodput.elapsed} | figures
+
+    def _speaks_of(self, slow: SlowStep) -> bool:
+        """Whether this process is the first, or the one that the others may have waited for."""
+        return self._lines is not None or slow.waiting > slow.seconds / 2
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Logs the scalars; after training steps also the speed, and the bar shows both.
@@ -162,6 +140,10 @@ class RunLog:
             shown = [f"{name} {value:.4g}" for name, value in values.items()]
             shown.append(f"{speed['images_per_second']:.0f} images/s")
             self._bar.set_postfix_str(", ".join(shown))
+            if self._goodput is not None:
+                speed |= self._goodput.figures(self._throughput.step_seconds)
+            if self._compile_seconds is not None:
+                speed["compile_seconds"], self._compile_seconds = self._compile_seconds, None
         values |= speed
         line: dict[str, float | None] = {"step": step, "time": round(time.time(), 3)}
         self._line(line | {name: v if math.isfinite(v) else None for name, v in values.items()})
@@ -176,14 +158,19 @@ class RunLog:
                 self._lines.flush()
 
 
-def _reopen(path: Path, start_step: int) -> IO[str]:
-    """Opens for appending, once every line beyond `start_step`, or cut off, is taken out."""
+def _reopen(path: Path, start_step: int) -> tuple[IO[str], float]:
+    """Opens for appending, once every line beyond `start_step`, or cut off, is taken out.
+
+    Also returns the useful seconds of the steps before, as the last line that has them says.
+    """
+    useful = 0.0
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
         partial = path.with_suffix(".jsonl.partial")
         partial.write_text("".join(line + "\n" for line in kept))
         os.replace(partial, path)
-    return path.open("a")
+        useful = max((json.loads(line).get("step_seconds", 0.0) for line in kept), default=0.0)
+    return path.open("a"), useful
 
 
 def _step_of(line: str) -> float:

@@ -27,7 +27,9 @@ from ccl_jax.state import (
     purpose_key,
     read_encoder,
 )
+from ccl_jax.throughput import device_peak
 from ccl_jax.train import make_train_step
+from ccl_jax.watch import Watch
 
 DETERMINISTIC = "--xla_gpu_deterministic_ops"
 
@@ -59,6 +61,30 @@ def devices_of(config: ConfigDict, *batches: str) -> jax.sharding.Mesh:
     return where
 
 
+def one_process(job: str) -> None:
+    """Raises ValueError where the run of a job that one process does has several."""
+    if jax.process_count() > 1:
+        raise ValueError(
+            f"--job {job} runs in one process, and this run has {jax.process_count()}; start it "
+            f"once, without srun and without JAX_COORDINATOR_ADDRESS, or with "
+            f"--config.run.cluster=none."
+        )
+
+
+def with_negatives(config: ConfigDict, workdir: Path, devices: int, *, fresh: bool) -> ConfigDict:
+    """A copy of the config in which loss.local.negatives="auto" has become what it means.
+
+    A workdir that is continued keeps what it was started with, on any number of devices.
+    """
+    config = config.copy_and_resolve_references()
+    chosen = settings.negatives_of(config, devices)
+    if config.loss.local.negatives == "auto" and not fresh:
+        before = dict(configs.flatten(configs.read_json(workdir / "config.json")))
+        chosen = before.get("loss.local.negatives", chosen)
+    config.loss.local.negatives = chosen
+    return config
+
+
 def ask_for_deterministic_programs() -> None:
     """Tells XLA to take only operations that give the same bits every time, on GPUs.
 
@@ -85,30 +111,6 @@ def checkpoints_of(config: ConfigDict, workdir: Path) -> Checkpoints:
         keep_best=config.train.keep_best,
         keep_every=config.train.keep_every,
     )
-
-
-def one_process(job: str) -> None:
-    """Raises ValueError where the run of a job that one process does has several."""
-    if jax.process_count() > 1:
-        raise ValueError(
-            f"--job {job} runs in one process, and this run has {jax.process_count()}; start it "
-            f"once, without srun and without JAX_COORDINATOR_ADDRESS, or with "
-            f"--config.run.cluster=none."
-        )
-
-
-def with_negatives(config: ConfigDict, workdir: Path, devices: int, *, fresh: bool) -> ConfigDict:
-    """A copy of the config in which loss.local.negatives="auto" has become what it means.
-
-    A workdir that is continued keeps what it was started with, on any number of devices.
-    """
-    config = config.copy_and_resolve_references()
-    chosen = settings.negatives_of(config, devices)
-    if config.loss.local.negatives == "auto" and not fresh:
-        before = dict(configs.flatten(configs.read_json(workdir / "config.json")))
-        chosen = before.get("loss.local.negatives", chosen)
-    config.loss.local.negatives = chosen
-    return config
 
 
 def set_up(
@@ -152,16 +154,28 @@ def set_up(
 
 
 def run_log(
-    config: ConfigDict, workdir: Path, total: int, done: int, *, progress: bool = True
+    config: ConfigDict, workdir: Path, where: jax.sharding.Mesh, total: int, done: int
 ) -> RunLog:
-    """The log of a training that begins at step `done`; `progress` False shows no bar."""
+    """The log of a training that begins at step `done`."""
     return RunLog(
         workdir / "log",
         total_steps=total,
         start_step=done,
         images_per_step=config.train.batch_size,
         tensorboard=config.run.tensorboard,
-        progress=progress and config.run.progress,
+        progress=config.run.progress,
+        devices=where.size,
+        peak=device_peak(where, config.model.compute_dtype, config.run.peak_tflops),
+    )
+
+
+def watch(config: ConfigDict, workdir: Path) -> Watch:
+    """Ends this process where the run in `workdir` stands still."""
+    return Watch(
+        workdir,
+        index=jax.process_index(),
+        count=jax.process_count(),
+        stall_seconds=config.run.stall_seconds,
     )
 
 

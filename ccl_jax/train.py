@@ -5,24 +5,23 @@ state, the frozen encoder, the batch and the root key alone; everything else hap
 """
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Key, PyTree
 
-from ccl_jax import mesh
 from ccl_jax.augment import Recipe, normalize, second_view, to_unit
 from ccl_jax.checkpoint import Checkpoints
+from ccl_jax.loop import Batches, Loop, Vote, put_number
 from ccl_jax.models import network as networks
 from ccl_jax.objective import LossSettings, Scalars, sharded_loss_terms
 from ccl_jax.run_log import RunLog
 from ccl_jax.signals import StopRequest
 from ccl_jax.state import Frozen, TrainState, join, purpose_key, split_parts
+from ccl_jax.watch import Watch
 
 
 def make_update(
@@ -145,7 +144,7 @@ class Schedule:
 def train(
     state: TrainState,
     frozen: Frozen,
-    batches: Iterator[dict[str, Array]],
+    batches: Batches,
     step: Callable[..., tuple[TrainState, Scalars]],
     *,
     where: jax.sharding.Mesh,
@@ -154,86 +153,45 @@ def train(
     log: RunLog,
     evaluate: Callable[[int, TrainState], Mapping[str, float]],
     stop: StopRequest,
+    watch: Watch,
 ) -> TrainState:
     """Runs the steps that are left, and returns the last state; it is also saved.
 
-    `batches`, on the devices, begins at the batch whose number is `state.step`. Ends early where
-    `stop` has received a signal. Raises FloatingPointError, naming step and term, where a loss or
-    a gradient was not finite; the state before that step is saved. Whatever else stops it, such as
-    a file that cannot be read, the steps so far are saved too. An evaluation comes after a save;
-    what it returns is logged.
+    `batches`, on the devices, begins at the batch whose number is `state.step`. Ends early where a
+    process of the run has received a signal, all after the same step. Raises FloatingPointError,
+    naming step and term, where a loss or a gradient was not finite; the state before that step is
+    saved. Whatever else stops a run of one process, such as a file that cannot be read, the steps
+    so far are saved too. An evaluation comes after a save; what it returns is logged.
     """
-    placed = jax.tree.map(lambda leaf: leaf.sharding, state)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, mesh.replicated(where)))
-    pending: list[tuple[int, Scalars]] = []
+    run = Loop(where, checkpoints, log, watch)
+    vote = Vote(stop, where)
+    program: Callable[..., tuple[TrainState, Scalars, Array | None]] | None = None
     for position in range(int(state.step), schedule.total):
-        if stop.signal is not None:
+        if vote.decided():
             break
         try:
-            batch = next_batch(batches, log)
-            state, scalars = step(state, frozen, batch, put_number(position, where))
             done = position + 1
-            pending.append((done, scalars))
-            if len(pending) > 1:  # one step computes while the next is prepared, and no more
-                jax.block_until_ready(pending[-2][1])
-            log.advance(done)
+            batch = run.next_batch(batches, done)
+            arguments = (state, frozen, batch, put_number(position, where), vote.ballot())
+            program = program or run.compile(step, arguments)
+            watch.at("computing", done)
+            state, scalars, votes = program(*arguments)
+            vote.add(votes)
+            run.follow(done, scalars)
             evaluates = schedule.evaluates_at(done)
             if evaluates or schedule.saves_at(done) or done % schedule.log_every == 0:
-                flush(pending, state, checkpoints, log)
+                run.flush(state)
             if evaluates or schedule.saves_at(done):
-                checkpoints.save(done, state)
+                run.save(done, state)
             if evaluates:
                 with log.paused():
                     found = evaluate(done, state)
                 log.write(done, found)
         except (ValueError, OSError, KeyboardInterrupt):  # e.g. a file that cannot be read
-            if not state.step.is_deleted() and int(state.step) > 0:
-                checkpoints.save(int(state.step), state)
+            # Of several processes this may be the only one here, and a save needs all.
+            if not vote.needed and not state.step.is_deleted() and int(state.step) > 0:
+                run.save(int(state.step), state)
             raise
-    flush(pending, state, checkpoints, log)
-    checkpoints.save(int(state.step), state)
+    run.flush(state)
+    run.save(int(state.step), state)
     return state
-
-
-def next_batch(batches: Iterator[dict[str, Array]], log: RunLog) -> dict[str, Array]:
-    """The next batch; the log learns how long the step waited for it."""
-    start = time.perf_counter()
-    batch = next(batches)
-    log.waited(time.perf_counter() - start)
-    return batch
-
-
-def put_number(number: int, where: jax.sharding.Mesh) -> Array:
-    """The number as an int32 scalar on all devices."""
-    return mesh.put_replicated(np.int32(number), where)
-
-
-def flush(
-    pending: list[tuple[int, Scalars]], state: TrainState, checkpoints: Checkpoints, log: RunLog
-) -> None:
-    """Logs the mean of the steps since the last call, or ends the run at the first bad one."""
-    if not pending:
-        return
-    steps = [number for number, _ in pending]
-    rows: list[dict[str, Any]] = jax.device_get([scalars for _, scalars in pending])
-    pending.clear()
-    for number, row in zip(steps, rows, strict=True):
-        bad = [name for name, value in row.items() if not np.isfinite(value)]
-        if bad:
-            saved = int(state.step)
-            checkpoints.save(saved, state)
-            raise FloatingPointError(not_finite(number, bad, row, saved))
-    log.write(steps[-1], {name: float(np.mean([row[name] for row in rows])) for name in rows[0]})
-
-
-def not_finite(number: int, bad: list[str], row: dict[str, Any], saved: int) -> str:
-    """The message for a step whose loss or gradient was not finite."""
-    parts = [name for name in bad if name not in ("loss", "gradient_norm")] or bad
-    named = ", ".join(f"'{name}' = {row[name]}" for name in parts)
-    values = ", ".join(f"{name} {float(value):.6g}" for name, value in row.items())
-    return (
-        f"step {number}: not finite: {named} ({values}). The state after step {saved} was kept and "
-        f"saved; a run continued from it meets the same batch. Train again in a new workdir with a "
-        f"lower rate, e.g. --config.optimizer.lr=1e-3, or with "
-        f"--config.model.compute_dtype=float32."
-    )

@@ -288,4 +288,12 @@ def run() -> dict:
         "deterministic": False,
         "progress": True,  # progress bars
         "tensorboard": True,  # events beside metrics.jsonl
+        # At these a training saves and ends: Ctrl-C, and what schedulers send before they kill.
+        "stop_signals": ("SIGINT", "SIGTERM", "SIGUSR1"),
+        # Exit status after one; 0: 128 + its number, as 143, which schedulers read as unfinished.
+        "unfinished_exit_code": 0,
+        # Without progress before a process ends itself, status 70, and names what holds it up; six
+        # times as long while it starts or compiles; 0: never.
+        "stall_seconds": 600.0,
+        "peak_tflops": 0.0,  # of one device, for `mfu` in the log; 0: by its kind, where known
     }

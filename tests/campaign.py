@@ -87,11 +87,11 @@ class Run:
         self._starts += 1
         self._before = self._log_bytes()
         overrides = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-        command = [sys.executable, "-m", "ccl_jax.main", "--config", "configs/demo.py"]
-        folders = [f"--workdir={self.workdir}", f"--config.data.root={self.data}"]
+        places = ["--config=configs/demo.py", f"--workdir={self.workdir}"]
+        places += [f"--config.data.root={self.data}"]
         with self.output.open("w") as output:
             return subprocess.Popen(
-                [*command, *folders, *overrides],
+                [sys.executable, "-m", "ccl_jax.main", *places, *overrides],
                 env=os.environ | ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(self._cache)},
                 cwd=ROOT,
                 stdout=output,

@@ -9,8 +9,8 @@ import pytest
 
 from ccl_jax import mesh
 from ccl_jax.ahead import Ahead
+from ccl_jax.loop import next_batch
 from ccl_jax.run_log import RunLog
-from ccl_jax.train import next_batch
 
 
 def batch(number):
@@ -100,25 +100,48 @@ def test_closing_waits_for_one_batch_at_most_and_ends_the_thread():
     assert source.read == read <= 2
 
 
+def open_log(folder):
+    return RunLog(
+        folder,
+        total_steps=9,
+        start_step=0,
+        images_per_step=4,
+        tensorboard=False,
+        progress=False,
+    )
+
+
 def test_waiting_is_counted_only_where_the_step_waits(tmp_path, monkeypatch):
     waited = []
     monkeypatch.setattr(RunLog, "waited", lambda self, seconds: waited.append(seconds))
     with (
-        RunLog(
-            tmp_path,
-            total_steps=9,
-            start_step=0,
-            images_per_step=4,
-            tensorboard=False,
-            progress=False,
-        ) as log,
+        open_log(tmp_path) as log,
         Ahead(Source(seconds=0.2), mesh.make_mesh(1)) as ahead,
     ):
         for _ in range(3):
             time.sleep(0.6)  # a step that computes for longer than a batch takes to come
-            jax.block_until_ready(next_batch(ahead, log))
+            jax.block_until_ready(next_batch(ahead, log, {}))
         assert sum(waited) < 0.2
         waited.clear()
         for _ in range(6):
-            next_batch(ahead, log)
+            next_batch(ahead, log, {})
         assert sum(waited) > 0.5  # two were there, four took 0.2 s each
+
+
+def test_no_device_waits_for_a_batch_while_it_computes(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(RunLog, "waited", lambda self, seconds: waited.append(seconds))
+    left = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda _: time.sleep(left[-1]))
+    with (
+        open_log(tmp_path) as log,
+        Ahead(Source(seconds=0.4), mesh.make_mesh(1)) as ahead,
+    ):
+        left.append(0.6)  # seconds, longer than a batch takes
+        for _ in range(4):
+            next_batch(ahead, log, {})
+        assert sum(waited) < 0.3
+        left.append(0.2)  # half as long: half of the time is waited for
+        for _ in range(4):
+            next_batch(ahead, log, {})
+        assert 0.4 < sum(waited) < 1.3

@@ -11,18 +11,21 @@ ROOT = Path(__file__).parent.parent
 # Layer of each module of ccl_jax, or of each of its packages.
 LAYERS = {
     **dict.fromkeys(("collectives", "matching", "augment", "anomaly_map", "figures"), 0),
+    **dict.fromkeys(("throughput", "whereabouts"), 0),
     **dict.fromkeys(("data", "metrics", "models"), 0),  # each may import itself
     **dict.fromkeys(("mesh", "checksums", "retention"), 0),
     **dict.fromkeys(("state", "checkpoint", "run_log", "workdir", "report"), 1),
-    **dict.fromkeys(("losses", "provenance", "signals"), 1),
+    **dict.fromkeys(("losses", "provenance", "signals", "watch"), 1),
     **dict.fromkeys(("pseudo_labels", "evaluation_log"), 1),
     **dict.fromkeys(("scoring", "ahead", "objective"), 2),  # what evaluate, predict and train share
+    "loop": 2,
     **dict.fromkeys(("train", "evaluate", "predict", "follow"), 3),
     **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
     **dict.fromkeys(
         ("main", "config", "validation", "validation_pretraining", "problems", "settings"), 4
     ),
     **dict.fromkeys(("setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4),
+    **dict.fromkeys(("notices", "validation_run"), 4),
 }
 DOOR = 4
 
@@ -119,7 +122,7 @@ BAD = {
     "a lower file imports a higher one": ("ccl_jax/losses.py", "from ccl_jax import state"),
     "in a function": ("ccl_jax/augment.py", "def f():\n    import ccl_jax.models.resnet"),
     "relative": ("ccl_jax/models/network.py", "from ..data import records"),
-    "relative, own name": ("ccl_jax/losses.py", "from . import mesh"),
+    "relative, own name": ("ccl_jax/augment.py", "from . import state"),
     "neighbours": ("ccl_jax/train.py", "from ccl_jax.evaluate import evaluate"),
     "state files": ("ccl_jax/state.py", "import ccl_jax.run_log"),
     "metrics and data": ("ccl_jax/metrics/scores.py", "from ccl_jax.data.records import Record"),

@@ -2,12 +2,12 @@
 
 import json
 import math
+import time
 
 import jax
-import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from ccl_jax.run_log import RunLog, Throughput
+from ccl_jax.run_log import RunLog
 
 
 def open_log(folder, start=0, *, tensorboard=False, progress=False):
@@ -124,6 +124,48 @@ def test_speed_is_logged_after_training_steps_only(tmp_path):
     assert "images_per_second" not in evaluation
 
 
+def trained_to(folder, steps, start=0):
+    """The lines after a start that computes up to the last of `steps`, each in its own line."""
+    with open_log(folder, start=start) as log:
+        log.compiled(2.0, 1e9)
+        for step in steps:
+            time.sleep(0.02)
+            log.advance(step)
+            log.write(step, {"loss": 1.0})
+        return lines_of(folder), log.summary()
+
+
+def test_useful_time_of_steps_that_a_kill_undid_counts_once_and_goodput_goes_on(tmp_path):
+    first, _ = trained_to(tmp_path, [1, 2, 3, 4])
+    seconds = [line["step_seconds"] for line in first]
+    assert seconds == sorted(seconds) and seconds[0] >= 0.02
+    assert [line.get("compile_seconds") for line in first] == [2.0, None, None, None]
+    time.sleep(0.3)  # a standstill between two starts
+    second, summary = trained_to(tmp_path, [3, 4], start=2)
+    assert [line["step"] for line in second] == [1, 2, 3, 4]
+    assert second[2]["step_seconds"] > seconds[1] and second[2]["step_seconds"] < seconds[3]
+    assert summary["step_seconds"] == second[3]["step_seconds"]
+    assert summary["seconds"] > summary["step_seconds"] + 0.3
+    assert 0 < second[3]["goodput"] < first[3]["goodput"] < 1
+    assert json.loads((tmp_path / "goodput.json").read_text())["starts"] == 2
+
+
+def test_a_step_that_takes_ten_times_the_median_is_noted(tmp_path, capsys):
+    with open_log(tmp_path) as log:
+        log.compiled(1.0, 1e9)
+        for step in range(1, 25):
+            time.sleep(0.01)
+            log.advance(step)
+        with log.saving():
+            time.sleep(0.3)
+        log.advance(25)
+    (note,) = lines_of(tmp_path)
+    assert note["step"] == 25
+    assert note["note"].startswith("step 25 took 0.3")
+    assert "0.3 s saving" in note["note"] and "0 s waiting for input" in note["note"]
+    assert note["note"] in capsys.readouterr().err
+
+
 def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
     with open_log(tmp_path / "log", tensorboard=True, progress=True) as log:
@@ -131,46 +173,6 @@ def test_other_processes_write_and_show_nothing(tmp_path, monkeypatch, capsys):
         log.write(1, {"loss": 1.0})
     assert not (tmp_path / "log").exists()
     assert capsys.readouterr().err == ""
-
-
-class Clock:
-    def __init__(self):
-        self.now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
-def test_throughput_worked_by_hand():
-    clock = Clock()
-    meter = Throughput(8, clock)
-    clock.now = 100.0  # compilation
-    meter.step()
-    for _ in range(4):
-        meter.waited(0.5)
-        clock.now += 2.0
-        meter.step()
-    assert meter.figures() == {"images_per_second": 4.0, "input_wait": 0.25}
-    assert meter.figures() == {}
-
-
-def test_throughput_leaves_pauses_out():
-    clock = Clock()
-    meter = Throughput(8, clock)
-    meter.step()
-    clock.now += 2.0
-    with pytest.raises(KeyError), meter.paused():
-        clock.now += 50.0
-        raise KeyError
-    meter.step()
-    assert meter.figures()["images_per_second"] == 4.0
-
-
-def test_throughput_of_one_step_is_unknown():
-    meter = Throughput(8, Clock())
-    assert meter.figures() == {}
-    meter.step()
-    assert meter.figures() == {}
 
 
 def test_a_note_is_shown_and_logged_at_once_by_its_step(tmp_path, capsys):

@@ -1,0 +1,27 @@
+"""Illegal values of the settings for when and how a run ends."""
+
+from ccl_jax.problems import Problems, is_integer, is_number
+from ccl_jax.signals import SIGNALS
+
+
+def check_faults(p: Problems) -> None:
+    """Adds what is wrong with `run.stop_signals` and the like."""
+    p.check(
+        "run.stop_signals",
+        lambda v: isinstance(v, tuple) and all(name in SIGNALS for name in v),
+        f"a tuple of names out of {', '.join(SIGNALS)}",
+        "\"('SIGINT','SIGTERM')\"",
+    )
+    p.check(
+        "run.unfinished_exit_code",
+        lambda v: is_integer(v) and (v == 0 or 3 <= v <= 125),
+        "in 3 .. 125, or 0 for 128 + the signal's number",
+        75,
+    )
+    p.check(
+        "run.stall_seconds",
+        lambda v: is_number(v) and (v == 0 or v >= 1),
+        "seconds, at least 1, or 0 for never",
+        600.0,
+    )
+    p.number("run.peak_tflops", 0.0, 1e6, 989.0)
