@@ -160,7 +160,9 @@ class Checkpoints:
         line = f"the checkpoint {path} is damaged ({reason})"
         if self.keep == 0:
             return f"{line}; step {sound} is used instead"
-        return f"{line}; it was moved to {_put_aside(path)}, and step {sound} is used instead"
+        return (
+            f"{line}; it was moved to {retention.put_aside(path)}, and step {sound} is used instead"
+        )
 
     def _damage(self, step: int) -> Exception | None:
         """What is wrong with the files of this checkpoint; None where nothing is."""
@@ -299,16 +301,6 @@ def _check_files(folder: Path) -> None:
         raise ValueError("its index is missing")
     for read in [store.read(key, byte_range=slice(-1, None)) for key in keys]:
         read.result()
-
-
-def _put_aside(path: Path) -> Path:
-    """Moves a checkpoint to WORKDIR/damaged-<step>, or -2, -3 and so on; returns where it is."""
-    there = path.parent.parent / f"damaged-{path.name}"
-    number = 1
-    while there.exists():
-        number += 1
-        there = there.with_name(f"damaged-{path.name}-{number}")
-    return path.rename(there)
 
 
 def _first_line(error: BaseException) -> str:
