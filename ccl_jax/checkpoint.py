@@ -19,7 +19,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
 
 from ccl_jax import mesh, retention
-from ccl_jax.checksums import check_checksums, put_aside, write_checksums
+from ccl_jax.checksums import check_checksums, write_checksums
 from ccl_jax.models.trees import check_same_tree
 
 STATE = "state"  # folder within a step
@@ -123,7 +123,7 @@ class Checkpoints:
             )
         if step == -1:
             return self._newest_sound()
-        if step not in steps:
+        if not mesh.from_first(step in steps):
             raise ValueError(
                 f"{self.folder} has no checkpoint of step {step}; there are {_listed(steps)}. "
                 f"Name one of these, or -1 for the newest."
@@ -160,7 +160,9 @@ class Checkpoints:
         line = f"the checkpoint {path} is damaged ({reason})"
         if self.keep == 0:
             return f"{line}; step {sound} is used instead"
-        return f"{line}; it was moved to {put_aside(path)}, and step {sound} is used instead"
+        return (
+            f"{line}; it was moved to {retention.put_aside(path)}, and step {sound} is used instead"
+        )
 
     def _damage(self, step: int) -> Exception | None:
         """What is wrong with the files of this checkpoint; None where nothing is."""

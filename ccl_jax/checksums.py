@@ -1,7 +1,4 @@
-"""Checksums of the files of a folder, in the form that `sha256sum -c SHA256SUMS` reads.
-
-And where a folder goes whose files are others.
-"""
+"""Checksums of the files of a folder, in the form that `sha256sum -c SHA256SUMS` reads."""
 
 import hashlib
 import os
@@ -45,16 +42,6 @@ def check_checksums(folder: Path) -> None:
             raise ValueError(f"{name} is missing")
         if _digest(folder / name) != wanted:
             raise ValueError(f"{name} is not what was written, by its sha256: cut off or changed")
-
-
-def put_aside(path: Path) -> Path:
-    """Moves a checkpoint to WORKDIR/damaged-<step>, or -2, -3 and so on; returns where it is."""
-    there = path.parent.parent / f"damaged-{path.name}"
-    number = 1
-    while there.exists():
-        number += 1
-        there = there.with_name(f"damaged-{path.name}-{number}")
-    return path.rename(there)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are kept."""
+"""Which checkpoints of a run are kept, and where damaged ones go."""
 
 import json
 from collections.abc import Sequence
@@ -35,3 +35,13 @@ def best_step(evaluation: Path, metric: str, steps: Sequence[int]) -> int | None
         if value is not None:  # a metric that no class can have
             values[step] = value
     return max(values, key=lambda step: (values[step], step), default=None)
+
+
+def put_aside(path: Path) -> Path:
+    """Moves a checkpoint to WORKDIR/damaged-<step>, or -2, -3 and so on; returns where it is."""
+    there = path.parent.parent / f"damaged-{path.name}"
+    number = 1
+    while there.exists():
+        number += 1
+        there = there.with_name(f"damaged-{path.name}-{number}")
+    return path.rename(there)

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ccl_jax import config as configs
-from ccl_jax import mesh, settings
+from ccl_jax import determinism, mesh, settings
 from ccl_jax.augment import Recipe
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
@@ -31,8 +30,6 @@ from ccl_jax.throughput import device_peak
 from ccl_jax.train import make_train_step
 from ccl_jax.watch import Watch
 
-DETERMINISTIC = "--xla_gpu_deterministic_ops"
-
 
 class Training(NamedTuple):
     """All that a training is made of, before its first step."""
@@ -52,7 +49,7 @@ def devices_of(config: ConfigDict, *batches: str) -> jax.sharding.Mesh:
     "train.batch_size".
     """
     if config.run.deterministic:
-        ask_for_deterministic_programs()
+        determinism.ask_for_it()
     mesh.initialize_distributed(config.run.cluster, heartbeat_seconds=config.run.heartbeat_seconds)
     where = mesh.make_mesh(config.run.devices, config.run.parameter_shards)
     sizes = dict(configs.flatten(config))
@@ -83,24 +80,6 @@ def with_negatives(config: ConfigDict, workdir: Path, devices: int, *, fresh: bo
         chosen = before.get("loss.local.negatives", chosen)
     config.loss.local.negatives = chosen
     return config
-
-
-def ask_for_deterministic_programs() -> None:
-    """Tells XLA to take only operations that give the same bits every time, on GPUs.
-
-    Sets the flag in XLA_FLAGS, which is read when the first device is used, so call it before that.
-    It leaves out autotuning, whose choice of kernels depends on measured times, and sums of
-    unsettled order. Programs for CPUs and TPUs give the same bits without it.
-    Raises ValueError where XLA_FLAGS already says the contrary.
-    """
-    flags = os.environ.get("XLA_FLAGS", "")
-    if f"{DETERMINISTIC}=false" in flags:
-        raise ValueError(
-            f"config.run.deterministic=True, but XLA_FLAGS={flags!r} says {DETERMINISTIC}=false; "
-            f"take it out there, or use --config.run.deterministic=False."
-        )
-    if DETERMINISTIC not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} {DETERMINISTIC}=true".strip()
 
 
 def checkpoints_of(config: ConfigDict, workdir: Path) -> Checkpoints:
