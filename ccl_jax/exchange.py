@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ccl_jax import config as configs
-from ccl_jax import mesh, settings, setup
+from ccl_jax import mesh, settings, settle, setup
 from ccl_jax.config import ConfigDict
 from ccl_jax.models import pretrained, published
 from ccl_jax.models.trees import flatten, save_tree
@@ -154,18 +154,18 @@ def refuse_used(workdir: Path) -> None:
 
 def write_description(config: ConfigDict, workdir: Path, released: Released) -> None:
     """Writes config.json and published.json; whatever data a first start had seen is forgotten."""
-    config = setup.with_absolute_roots(config)
+    config = settle.with_absolute_roots(config)
     (workdir / "data.json").unlink(missing_ok=True)
-    setup.write_atomically(workdir / "config.json", configs.to_json(config))
+    settle.write_atomically(workdir / "config.json", configs.to_json(config))
     provenance = json.dumps(released.provenance, indent=2) + "\n"
-    setup.write_atomically(workdir / "published.json", provenance)
+    settle.write_atomically(workdir / "published.json", provenance)
 
 
 def export_job(config: ConfigDict, workdir: Path) -> int:
     """Writes a checkpoint of `workdir`, encoder and all, as the released code would name it."""
     setup.devices_of(config)
     setup.one_process("export")
-    setup.check_same_model(config, workdir)
+    settle.check_same_model(config, workdir)
     values = config.to_dict()
     scorer = load_scorer(
         workdir,

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ccl_jax import baseline, follow, mesh, notices, report, settings, setup
+from ccl_jax import baseline, follow, mesh, notices, report, settings, settle, setup
 from ccl_jax.ahead import Ahead
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
@@ -65,7 +65,7 @@ def train_in(
         mesh.barrier("all have looked")  # before the first process writes
         config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
         if mesh.is_first():
-            setup.settle_workdir(config, workdir, split, fresh=fresh)
+            settle.settle_workdir(config, workdir, split, fresh=fresh)
         training = setup.set_up(config, workdir, where, total, fresh=fresh)
         state = setup.first_or_saved(training, checkpoints, where)
         done = int(state.step)
@@ -119,7 +119,7 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
         return follow_job(config, workdir)
     start = time.perf_counter()
     setup.devices_of(config, "eval.batch_size")
-    setup.check_same_model(config, workdir)
+    settle.check_same_model(config, workdir)
     check_writable(workdir, "--workdir")
     split = read_split(config)
     scorer = scorer_of(workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices)
@@ -135,7 +135,7 @@ def follow_job(config: ConfigDict, workdir: Path) -> int:
     maps = map_settings_of(config.to_dict())
 
     def opened() -> follow.Evaluator:  # the training has prepared its data by then
-        setup.check_same_model(config, workdir)
+        settle.check_same_model(config, workdir)
         split = read_split(config)
         cache = DecodedCache(int(config.data.cache_gib * 2**30))
         architecture = architecture_of(config.to_dict())
@@ -171,7 +171,7 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
     output = Path(config.predict.output or workdir / "predictions")
     setup.devices_of(config)
     setup.one_process("predict")
-    setup.check_same_model(config, workdir)
+    settle.check_same_model(config, workdir)
     check_writable(output, "--config.predict.output")
     scorer = scorer_of(
         workdir, config.to_dict(), step=config.predict.step, devices=config.run.devices
@@ -228,7 +228,7 @@ def pretrain_job(config: ConfigDict, workdir: Path) -> int:
 
 def print_skipped(workdir: Path) -> None:
     """Names the training images that others stood in for, if there were any."""
-    reasons = setup.skipped_in(workdir)
+    reasons = settle.skipped_in(workdir)
     if reasons:
         lines = "\n  ".join(reasons)
         mesh.say(
@@ -273,7 +273,7 @@ def evaluate_and_print(
             provenance={
                 **provenance(config.to_dict()),
                 "seconds_before_evaluation": round(seconds, 3),
-                "skipped_training_images": setup.skipped_in(workdir),
+                "skipped_training_images": settle.skipped_in(workdir),
             },
         )
     lines = [f"step {scorer.step}\n\n{report.markdown_table(results)}\n"]

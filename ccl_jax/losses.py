@@ -13,13 +13,13 @@ are one device's images, as many on each, and the loss is that of all of them, t
 device. What then travels is written out here: `all_gather`, `ppermute` and sums.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from ccl_jax.collectives import Axis, of_all, positions_of_mine, summed, with_next
 from ccl_jax.matching import EXACT, best_matches, unit
@@ -166,20 +166,63 @@ def _at(maps: Float[Array, "b n c"], index: Int[Array, "b n"]) -> Float[Array, "
     return jax.vmap(lambda vectors, where: vectors[where])(maps, index)
 
 
-class _Drawn(NamedTuple):
-    """One image for each of this device's, of one scale."""
+class _Others:
+    """The images that this device's may be compared with, and how it gets at them.
 
-    maps: Float[Array, "m ..."]  # the projected ones it is chosen from
-    targets: Float[Array, "m ..."]  # the encoder's
-    row: Int[Array, "n"]  # in these
-    found: Bool[Array, "n"]  # whether there was one to choose
+    `mine` are the positions of this device's own images in the whole batch.
+    """
+
+    def __init__(
+        self,
+        labels: Int[Array, "n"],
+        reach: int | None,
+        axis: Axis,
+        travels_as: DTypeLike | None,
+    ) -> None:
+        self.labels = of_all(labels, axis)
+        self.mine = positions_of_mine(len(labels), axis)
+        self._reach = None if reach is None or reach >= len(self.labels) else reach
+        self._axis = axis
+        self._travels_as = travels_as
+
+    def draw(
+        self, one_for_each: Callable[..., tuple[Array, Array]], keys: Key[Array, "scales"]
+    ) -> tuple[Int[Array, "scales n"], Bool[Array, "scales n"]]:
+        """Per scale the position of an image for each of this device's, and whether there is one.
+
+        Every device draws for the whole batch, so that the draw does not depend on their number.
+        """
+        drawn, found = jax.vmap(lambda key: one_for_each(key, self.labels, reach=self._reach))(keys)
+        return drawn[:, self.mine], found[:, self.mine]
+
+    def received(self, maps: Float[Array, "n ..."]) -> Float[Array, "m ..."]:
+        """These maps of this device's images, and of all others that one may draw."""
+        sent = maps if self._travels_as is None else maps.astype(self._travels_as)
+        if self._axis is None or self._reach is None:
+            return of_all(sent, self._axis).astype(maps.dtype)
+        return with_next(sent, self._reach, self._axis).astype(maps.dtype)
+
+    def rows(self, positions: Int[Array, "n"]) -> Int[Array, "n"]:
+        """Where in `received` the images at these positions of the batch are."""
+        if self._axis is None or self._reach is None:
+            return positions
+        distance = (positions - self.mine) % len(self.labels)
+        return jnp.arange(len(positions), dtype=jnp.int32) + distance
+
+
+class _Partners(NamedTuple):
+    """Another image of the same class for each of this device's, of one scale."""
+
+    targets: Float[Array, "n h w c"]  # the encoder's maps
+    keys: Float[Array, "n h w d"]  # the projected ones
+    found: Bool[Array, "n"]  # whether there is one
 
 
 def _positive_keys(
     encoder_clean: Float[Array, "b h w c"],
     encoder_augmented: Float[Array, "b h w c"],
     keys: Float[Array, "b h*w d"],
-    partner: _Drawn | None,
+    partner: _Partners | None,
     window: int | None,
 ) -> Float[Array, "b h*w d"]:
     """The key where the frozen encoder finds the best match of each clean position.
@@ -190,9 +233,9 @@ def _positive_keys(
     positive = _at(keys, index)
     if partner is None:
         return positive
-    index, other_cosine = best_matches(encoder_clean, partner.targets[partner.row], window=window)
+    index, other_cosine = best_matches(encoder_clean, partner.targets, window=window)
     better = partner.found[:, None] & (other_cosine > cosine)
-    other_keys = unit(partner.maps[partner.row]).reshape(keys.shape)
+    other_keys = unit(partner.keys).reshape(keys.shape)
     return jnp.where(better[..., None], _at(other_keys, index), positive)
 
 
@@ -232,47 +275,29 @@ def local_contrastive_loss(
     their number, and the loss is still the same for any number. Maps travel in the dtype
     `travels_as` (None: their own).
     """
-    images, everyone = len(labels), of_all(labels, axis)
-    reach = None if reach is None or reach >= len(everyone) else reach
+    others = _Others(labels, reach, axis, travels_as)
     negative_keys, partner_keys = jax.random.split(key, (2, len(encoder_clean)))
-    drawn, has_negative = jax.vmap(lambda k: draw_negatives(k, everyone, reach=reach))(
-        negative_keys
-    )
-    drawn = drawn if negatives is None else negatives
-    partners, has_partner = jax.vmap(lambda k: draw_partners(k, everyone, reach=reach))(
-        partner_keys
-    )
-    mine = positions_of_mine(images, axis)
-
-    def received(maps: Float[Array, "n ..."]) -> Float[Array, "m ..."]:
-        sent = maps if travels_as is None else maps.astype(travels_as)
-        if axis is None or reach is None:
-            return of_all(sent, axis).astype(maps.dtype)
-        return with_next(sent, reach, axis).astype(maps.dtype)
-
-    def rows(numbers: Int[Array, "b"]) -> Int[Array, "n"]:
-        chosen = numbers[mine]
-        if axis is None or reach is None:
-            return chosen
-        return jnp.arange(images, dtype=jnp.int32) + (chosen - mine) % len(everyone)
+    drawn, has_negative = others.draw(draw_negatives, negative_keys)
+    drawn = drawn if negatives is None else negatives[:, others.mine]
+    partners, has_partner = others.draw(draw_partners, partner_keys)
 
     losses = []
     maps = zip(encoder_clean, encoder_augmented, projected_clean, projected_augmented, strict=True)
     for scale, (clean, augmented, queries, keys) in enumerate(maps):
         b, h, w, c = queries.shape
         query, own = (unit(x).reshape(b, h * w, c) for x in (queries, keys))
-        others = received(keys)
+        there = others.received(keys)
         partner = None
         if same_class_candidates:
-            found = has_partner[scale][mine]
-            partner = _Drawn(others, received(augmented), rows(partners[scale]), found)
+            row = others.rows(partners[scale])
+            partner = _Partners(others.received(augmented)[row], there[row], has_partner[scale])
         positive = _positive_keys(clean, augmented, own, partner, window)
-        negative = unit(others[rows(drawn[scale])]).reshape(b, h * w, c)
+        negative = unit(there[others.rows(drawn[scale])]).reshape(b, h * w, c)
         pos = jnp.sum(query * positive, -1) / temperature
         neg = jnp.sum(query * negative, -1) / temperature
         floor = jnp.full_like(pos, jnp.log(EPSILON))
         loss = jnp.mean(jax.nn.logsumexp(jnp.stack([pos, neg, floor]), axis=0) - pos, axis=1)
-        counted = has_negative[scale][mine]
+        counted = has_negative[scale]
         total = summed(jnp.sum(jnp.where(counted, loss, 0.0)), axis)
         losses.append(total / jnp.maximum(summed(jnp.sum(counted), axis), 1))
     return jnp.mean(jnp.stack(losses))

@@ -24,7 +24,7 @@ LAYERS = {
     **dict.fromkeys(
         ("main", "config", "validation", "validation_pretraining", "problems", "settings"), 4
     ),
-    **dict.fromkeys(("setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4),
+    **dict.fromkeys(("settle", "setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4),
     **dict.fromkeys(("notices", "validation_run"), 4),
 }
 DOOR = 4

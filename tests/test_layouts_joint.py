@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 from ccl_jax import config as configs
-from ccl_jax import setup
+from ccl_jax import settle
 from ccl_jax.data import pipeline
 from ccl_jax.data.layouts import Part, read_joint, read_split
 from ccl_jax.data.records import check_records
@@ -156,7 +156,7 @@ def test_a_workdir_remembers_its_parts_wherever_a_later_job_starts(parts, tmp_pa
     config = joint_config(parts)
     config.data.parts.mvtec.root = "mvtec"
     monkeypatch.chdir(tmp_path)
-    kept = setup.with_absolute_roots(config)
+    kept = settle.with_absolute_roots(config)
     assert kept.data.parts.mvtec.root == str(tmp_path / "mvtec") and kept.data.root == ""
     assert config.data.parts.mvtec.root == "mvtec"
     monkeypatch.chdir(tmp_path / "visa")

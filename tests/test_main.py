@@ -12,7 +12,7 @@ import miniatures as mini
 import pytest
 from conftest import ROOT, write_photos
 
-from ccl_jax import setup
+from ccl_jax import settle
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.data.layouts import Split
 from ccl_jax.main import main
@@ -335,8 +335,8 @@ def test_skipped_files_are_remembered_over_starts_and_stand_in_the_results(
     assert "continuing at step 2" in out and "1 training images could not be read" in out
     assert len(skipped()) == 1
     # A new training in the same folder has skipped nothing.
-    setup.settle_workdir(tiny_config, workdir, Split([], [], []), fresh=True)
-    assert setup.skipped_in(workdir) == []
+    settle.settle_workdir(tiny_config, workdir, Split([], [], []), fresh=True)
+    assert settle.skipped_in(workdir) == []
 
 
 def test_a_damaged_config_of_a_workdir_is_named(trained, tmp_path, capsys):

@@ -14,7 +14,7 @@ from test_builders import files, truncate
 from test_main import assert_fails, command, tiny
 
 from ccl_jax import config as configs
-from ccl_jax import prepare, setup
+from ccl_jax import prepare, settle
 from ccl_jax.data import manifest
 from ccl_jax.data.layouts import Split
 from ccl_jax.data.pictures import Pictures, TrainingImages
@@ -241,7 +241,7 @@ def test_a_workdir_remembers_where_the_shards_are_from_every_folder(
     for location, remembered in (("p", str(shards)), ("gs://bucket/p", "gs://bucket/p"), ("", "")):
         tiny_config.data.prepared = location
         tiny_config.data.cache_dir = location
-        setup.settle_workdir(tiny_config, tmp_path, Split([], [], []), fresh=True)
+        settle.settle_workdir(tiny_config, tmp_path, Split([], [], []), fresh=True)
         data = configs.read_json(tmp_path / "config.json").data
         assert (data.prepared, data.cache_dir) == (remembered, remembered)
         assert data.root == tiny_config.data.root
