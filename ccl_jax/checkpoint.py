@@ -304,11 +304,16 @@ def _check_files(folder: Path) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """The first 160 characters of the error beneath orbax's wrapping."""
+    """The first line of the error beneath orbax's wrapping, its middle left out where it is long.
+
+    Of a full disk, the reason comes last, after the path of the file.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"
+    line, *_ = str(error).strip().splitlines() or [""]
+    if len(line) > 300:
+        line = f"{line[:140]} ... {line[-140:]}"
+    return f"{type(error).__name__}: {line}"
 
 
 def _listed(steps: list[int]) -> str:
