@@ -118,21 +118,28 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
     if config.eval.follow:
         return follow_job(config, workdir)
     start = time.perf_counter()
-    setup.devices_of(config, "eval.batch_size")
-    settle.check_same_model(config, workdir)
+    setup.devices_of(config, "eval.batch_size", shards=1)
     check_writable(workdir, "--workdir")
-    split = read_split(config)
-    scorer = scorer_of(workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices)
-    evaluate_and_print(config, workdir, scorer, split, time.perf_counter() - start)
+    with setup.watch(config, workdir / "evaluation") as watch:
+        settle.check_same_model(config, workdir)
+        split = read_split(config)
+        scorer = scorer_of(
+            workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices
+        )
+        with watch.during("evaluating", scorer.step):
+            over = watch.over(lambda: None)
+            seconds = time.perf_counter() - start
+            evaluate_and_print(config, workdir, scorer, split, seconds, over=over)
     return 0
 
 
 def follow_job(config: ConfigDict, workdir: Path) -> int:
     """Evaluates every checkpoint of the training in `workdir` as it comes; see `follow`."""
     start = time.perf_counter()
-    setup.devices_of(config, "eval.batch_size")
+    setup.devices_of(config, "eval.batch_size", shards=1)
     check_writable(workdir, "--workdir")
     maps = map_settings_of(config.to_dict())
+    watch = setup.watch(config, workdir / follow.LOG)  # the training has files of its own
 
     def opened() -> follow.Evaluator:  # the training has prepared its data by then
         settle.check_same_model(config, workdir)
@@ -145,21 +152,26 @@ def follow_job(config: ConfigDict, workdir: Path) -> int:
 
         def evaluated(scorer: Scorer) -> None:
             seconds = time.perf_counter() - start
-            over = functools.partial(follow.until_stopped, stop=stop)
+            left = f"stopped while it evaluated step {scorer.step}, which has no results yet"
+            over = watch.over(functools.partial(check_together, stop, left))
             evaluate_and_print(config, workdir, scorer, split, seconds, cache, over)
 
         return follow.Evaluator(scorers.at, evaluated)
 
-    with StopRequest(config.run.stop_signals) as stop:
-        return follow.follow(
-            workdir,
-            opened,
-            conventions=dataclasses.asdict(conventions_of(config)) | dataclasses.asdict(maps),
-            poll_seconds=config.eval.poll_seconds,
-            patience=config.eval.follow_patience,
-            stop=stop,
-            tensorboard=config.run.tensorboard,
-        )
+    try:
+        with StopRequest(config.run.stop_signals) as stop:
+            return follow.follow(
+                workdir,
+                opened,
+                conventions=dataclasses.asdict(conventions_of(config)) | dataclasses.asdict(maps),
+                poll_seconds=config.eval.poll_seconds,
+                patience=config.eval.follow_patience,
+                stop=stop,
+                watch=watch,
+                tensorboard=config.run.tensorboard,
+            )
+    except Stopped as stopped:
+        return notices.unfinished(config, stopped)
 
 
 def predict_job(config: ConfigDict, workdir: Path) -> int:

@@ -42,7 +42,7 @@ class Training(NamedTuple):
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
 
 
-def devices_of(config: ConfigDict, *batches: str) -> jax.sharding.Mesh:
+def devices_of(config: ConfigDict, *batches: str, shards: int | None = None) -> jax.sharding.Mesh:
     """Joins the other processes, if there are any; returns the mesh of the devices to run on.
 
     Raises ValueError where they cannot divide one of the batch sizes, settings like
@@ -51,7 +51,9 @@ def devices_of(config: ConfigDict, *batches: str) -> jax.sharding.Mesh:
     if config.run.deterministic:
         determinism.ask_for_it()
     mesh.initialize_distributed(config.run.cluster, heartbeat_seconds=config.run.heartbeat_seconds)
-    where = mesh.make_mesh(config.run.devices, config.run.parameter_shards)
+    where = mesh.make_mesh(
+        config.run.devices, config.run.parameter_shards if shards is None else shards
+    )
     sizes = dict(configs.flatten(config))
     for setting in batches:
         mesh.check_divisible(sizes[setting], where.size, setting)
