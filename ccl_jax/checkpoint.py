@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import tensorstore
 from jaxtyping import PyTree
 from orbax.checkpoint import v1 as ocp
@@ -66,7 +67,7 @@ class Checkpoints:
     ) -> None:
         self.folder = folder.absolute()
         self.keep = keep
-        if keep == 0 and not self.folder.is_dir():
+        if mesh.from_first(keep == 0 and not self.folder.is_dir()):  # opening waits for all
             raise ValueError(
                 f"{folder} does not exist, so there is nothing to read; name the workdir of a run "
                 f"that has saved a checkpoint (--workdir), or train first (--job train)."
@@ -241,8 +242,21 @@ class Checkpoints:
         return number
 
     def _described(self, step: int) -> dict[str, PyTree]:
-        """The tree of shapes and dtypes that the checkpoint itself states."""
-        return self._read(step, lambda: self._checkpointer.metadata(step).metadata)
+        """The tree of shapes and dtypes that the checkpoint itself states.
+
+        Where one process cannot read it, because it was just deleted, all raise ValueError: what
+        reads the arrays waits for all.
+        """
+        stored, failure = {}, None
+        try:
+            stored = self._read(step, lambda: self._checkpointer.metadata(step).metadata)
+        except ValueError as error:
+            failure = error
+        failed = int(mesh.sum_over_processes(np.array([failure is not None], np.int64))[0])
+        if failed:
+            other = ValueError(f"in {failed} of the other processes")
+            raise failure or ValueError(self._damaged_message(step, other))
+        return stored
 
     def _compare(self, step: int, want: PyTree, stored: PyTree) -> None:
         try:
