@@ -201,6 +201,8 @@ class _Follower:
         except UnusableScoresError as error:
             self._skip(step, str(error))
             return True
+        if not (self._workdir / f"evaluation/{step}/results.json").exists():
+            self._skip(step, "its evaluation left no results.json")
         self._moved = time.monotonic()
         return True
 

@@ -17,6 +17,7 @@ from ccl_jax.signals import StopRequest
 from ccl_jax.state import TrainState
 from ccl_jax.throughput import count_flops
 from ccl_jax.watch import Watch
+from ccl_jax.whereabouts import FIRST
 
 Scalars = dict[str, Array]
 
@@ -97,10 +98,15 @@ class Loop:
         self._where, self._checkpoints, self._log, self._watch = where, checkpoints, log, watch
         self._pending: list[tuple[int, Scalars]] = []  # steps that are not logged yet
         self._running: Scalars = {}  # of the last step
+        self._one_has_ended = False
+
+    def at(self, phase: str, step: int) -> None:
+        """Says where this process is; before a step has ended, others may still compile it."""
+        self._watch.at(phase if self._one_has_ended else FIRST, step)
 
     def next_batch(self, batches: Batches, step: int) -> dict[str, Array]:
         """The batch of the step; the log learns how long the devices waited for it."""
-        self._watch.at("waiting for input", step)
+        self.at("waiting for input", step)
         return next_batch(batches, self._log, self._running)
 
     def compile(self, step: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -132,6 +138,7 @@ class Loop:
         self._pending.append((step, scalars))
         if len(self._pending) > 1:
             jax.block_until_ready(self._pending[-2][1])
+            self._one_has_ended = True
         self._log.advance(step)
 
     def save(self, step: int, state: TrainState) -> None:
@@ -146,6 +153,7 @@ class Loop:
         steps = [number for number, _ in self._pending]
         rows: list[dict[str, Any]] = jax.device_get([scalars for _, scalars in self._pending])
         self._pending.clear()
+        self._one_has_ended = True
         for number, row in zip(steps, rows, strict=True):
             bad = [name for name, value in row.items() if not np.isfinite(value)]
             if bad:

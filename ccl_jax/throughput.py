@@ -53,10 +53,11 @@ def peak_flops(kind: str, compute_dtype: str) -> float | None:
 def count_flops(jaxpr: Any) -> float:
     """FLOPs of all matrix products and convolutions of a traced program, over all its devices.
 
-    A multiplication and an addition count as two; what else is computed is little and not counted,
-    as is usual for a model's FLOP utilisation. Of a branch the costliest side counts, of a loop of
-    unknown length one round. Counted here and not taken from the compiled program, whose
-    `cost_analysis()` is per device and misses what XLA hands to cuDNN and cuBLAS on GPUs.
+    A multiplication and an addition count as two, also with what pads an image; what else is
+    computed is little and not counted, as is usual for a model's FLOP utilisation. Of a branch the
+    costliest side counts, of a loop of unknown length one round. Counted here and not taken from
+    the compiled program, whose `cost_analysis()` is per device and misses what XLA hands to cuDNN
+    and cuBLAS on GPUs.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:

@@ -22,6 +22,7 @@ from ccl_jax.run_log import RunLog
 from ccl_jax.signals import StopRequest
 from ccl_jax.state import Frozen, TrainState, join, purpose_key, split_parts
 from ccl_jax.watch import Watch
+from ccl_jax.whereabouts import COMPUTING
 
 
 def make_update(
@@ -174,7 +175,7 @@ def train(
             batch = run.next_batch(batches, done)
             arguments = (state, frozen, batch, put_number(position, where), vote.ballot())
             program = program or run.compile(step, arguments)
-            watch.at("computing", done)
+            run.at(COMPUTING, done)
             state, scalars, votes = program(*arguments)
             vote.add(votes)
             run.follow(done, scalars)

@@ -18,15 +18,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from ccl_jax.whereabouts import Report, behind, read_report, report_of
+from ccl_jax.whereabouts import FIRST, Report, behind, read_report, report_of
 
 FOLDER = ".processes"  # of a workdir
 FAILED = "failed.json"  # in it: the first process of a run that ended with an error of its own
 STALLED = 70  # exit status of a process that ends because nothing goes on, or another one is lost
 INTERVAL = 5.0  # seconds between two reports of a process, at most
 SILENT = 3  # intervals without a report, after which a process counts as stopped or lost
-# These take long: compiling (also the others'), reading all, a network file system that wakes up.
-PATIENT = {"starting": 6, "compiling": 6, "evaluating": 2}  # times `stall_seconds`
+# These take long: compiling, also in the others, which the first steps and evaluations wait for;
+# reading all; a network file system that wakes up.
+PATIENT = {"starting": 6, "compiling": 6, FIRST: 6, "evaluating": 3}  # times `stall_seconds`
 
 
 def end_process(status: int) -> None:

@@ -8,6 +8,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+COMPUTING = "computing"
+FIRST = "computing the first steps"  # until one has ended
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -69,4 +72,4 @@ def behind(reports: Sequence[Report]) -> list[Report]:
         return []
     least = min(report.step or 0 for report in reports)
     last = [report for report in reports if (report.step or 0) == least]
-    return [report for report in last if report.phase != "computing"] or last
+    return [report for report in last if report.phase not in (COMPUTING, FIRST)] or last

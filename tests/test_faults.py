@@ -1,5 +1,6 @@
 """Two real processes of one training, of which one is killed, stopped, or asked to end."""
 
+import json
 import os
 import re
 import signal
@@ -102,6 +103,23 @@ def test_a_signal_to_one_or_to_all_stops_all_after_the_same_step(photos, tmp_pat
             assert checkpoints.latest == saved[-1]
         assert not list((pair.workdir / ".processes").glob("*.json"))
     assert saved[1] > saved[0] and f"continuing at step {saved[0]}" in pair.output(0)
+
+
+def test_two_processes_complete_a_training_and_say_so_once(photos, tmp_path, compiled):
+    with Pair(tmp_path, photos, compiled, **{"train.steps": 4, "eval.every_steps": 2}) as pair:
+        codes = [process.wait(timeout=500) for process in pair.processes]
+        assert codes == [0, 0], pair.output(0) + pair.output(1)
+    mark = json.loads((pair.workdir / "complete.json").read_text())
+    assert mark["step"] == 4 and 0 < mark["goodput"] < 1
+    for step in (2, 4):
+        assert (pair.workdir / f"evaluation/{step}/results.json").exists()
+    lines = (pair.workdir / "log/metrics.jsonl").read_text().splitlines()
+    log = [json.loads(line) for line in lines]
+    speeds = [line for line in log if "images_per_second" in line]
+    assert [line["step"] for line in speeds] == [1, 2, 3, 4]
+    for line in speeds:  # two processes with one device each
+        assert line["images_per_second"] == pytest.approx(2 * line["images_per_second_per_device"])
+    assert "**mean**" in pair.output(0) and "**mean**" not in pair.output(1)
 
 
 def test_a_killed_process_ends_the_other_one_soon_and_is_named(photos, tmp_path, compiled):

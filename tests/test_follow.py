@@ -187,6 +187,13 @@ def test_a_diverged_network_is_named_and_skipped(trainer, monkeypatch, capsys):
     assert "step 1 is skipped: NaN in class toy/a" in capsys.readouterr().out
 
 
+def test_an_evaluation_without_results_is_not_made_for_ever(trainer, monkeypatch, capsys):
+    trainer.save(1)
+    trainer.complete(1)
+    assert follow(trainer, monkeypatch, evaluate=lambda scorer: None) == (1, [1])
+    assert "step 1 is skipped: its evaluation left no results.json" in capsys.readouterr().out
+
+
 def test_an_evaluation_that_fails_otherwise_ends_the_follower(trainer, monkeypatch):
     trainer.save(1)
 

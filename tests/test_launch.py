@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from test_main import tiny
 
 from ccl_jax import main
 
@@ -159,6 +160,32 @@ def test_process_that_hangs_is_killed_after_another_was_lost(python):
         PYTHON=python(ONE_IS_LOST_ONE_HANGS),
     )
     assert run.returncode == 9
+
+
+@pytest.mark.slow
+def test_two_processes_train_stop_on_a_signal_and_the_same_command_goes_on(photos, tmp_path):
+    workdir = tmp_path / "run"
+    settings = {"train.steps": 12, "train.log_every": 1, "run.devices": 0, "eval.every_steps": 0}
+    command = [
+        *(LAUNCH / "multiprocess_cpu.sh", "--processes", "2", "--devices-per-process", "2"),
+        *tiny(photos, workdir, **settings)[1:],
+    ]
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    begin = {"env": environment, "cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **begin) as script:
+        log = workdir / "log" / "metrics.jsonl"
+        while not log.exists() or len(log.read_text().splitlines()) < 2:
+            assert script.poll() is None, script.stdout.read()
+            time.sleep(0.1)
+        script.send_signal(signal.SIGTERM)
+        output, _ = script.communicate(timeout=300)
+    assert script.returncode == 143, output
+    (saved,) = re.findall(r"^\[0\] SIGTERM: saved step (\d+) of 12", output, re.MULTILINE)
+    with subprocess.Popen(command, **begin) as script:
+        output, _ = script.communicate(timeout=600)
+    assert script.returncode == 0, output
+    assert f"on 4 x cpu in 2 processes, continuing at step {saved}\n" in output
+    assert (workdir / "evaluation" / "12" / "results.json").exists()
 
 
 TPU = {"TPU_NAME": "ccl", "ZONE": "us-east5-b", "PROJECT": "mine"}

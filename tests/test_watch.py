@@ -11,7 +11,7 @@ import time
 import pytest
 
 from ccl_jax.watch import FAILED, FOLDER, INTERVAL, PATIENT, STALLED, Watch
-from ccl_jax.whereabouts import Report, report_of
+from ccl_jax.whereabouts import FIRST, Report, report_of
 
 
 class Clock:
@@ -81,7 +81,9 @@ def test_a_process_without_progress_ends_and_one_with_progress_does_not(run_of, 
     assert "status 70 (config.run.stall_seconds=80)" in err and "--workdir" in err
 
 
-@pytest.mark.parametrize(("limit", "phase"), [(0.0, "computing"), (80.0, "compiling")])
+@pytest.mark.parametrize(
+    ("limit", "phase"), [(0.0, "computing"), (80.0, "compiling"), (80.0, FIRST)]
+)
 def test_no_end_where_it_is_switched_off_and_later_where_things_take_long(run_of, limit, phase):
     run = run_of(1, limit=limit)
     run.watches[0].at(phase)
@@ -138,6 +140,16 @@ def test_the_process_that_the_others_wait_for_is_named_and_where_it_is(run_of, c
     name = f"process 2 (pid {os.getpid()} on {socket.gethostname()})"
     assert f"What holds all up is {name}, {phase}, step 5." in err
     assert f"this process is {phase}, step 5. What holds all up is this process." in err
+
+
+def test_the_first_steps_wait_for_others_that_still_compile(run_of, capsys):
+    run = run_of(2)
+    run.watches[0].at(FIRST, 1)
+    run.watches[1].at("compiling")
+    run.goes_on(80 * 6 - INTERVAL)
+    assert run.ended == []
+    run.goes_on(2 * INTERVAL)
+    assert "What holds all up is process 1" in capsys.readouterr().err
 
 
 def test_a_process_that_is_behind_is_named(run_of, capsys):

@@ -7,7 +7,6 @@ unit in the last place does there. Half an hour on two cores.
 """
 
 import argparse
-import dataclasses
 import functools
 import os
 import pickle
@@ -101,9 +100,7 @@ def put_rows(tree: Any, where: jax.sharding.Mesh) -> Any:
     )
 
 
-def training(
-    where: jax.sharding.Mesh, dtype: type, reach: int | None, nudge: bool
-) -> dict[str, Any]:
+def training(where: jax.sharding.Mesh, dtype: type, nudge: bool) -> dict[str, Any]:
     """The first step of a small training, and the losses of STEPS steps.
 
     With `nudge` every pixel is larger by about one unit in the last place.
@@ -122,8 +119,7 @@ def training(
     state = mesh.put_replicated(cast(state), where)
     frozen = Frozen(*mesh.put_replicated(cast(frozen), where))
     graphdef, *_ = architecture.abstract()
-    settings = PUBLISHED if reach is None else dataclasses.replace(PUBLISHED, local_reach=reach)
-    update = make_update(graphdef, optimizer, settings, where)
+    update = make_update(graphdef, optimizer, PUBLISHED, where)
     labels = np.array(LABELS["mixed"], np.int32)
 
     @functools.partial(jax.jit, out_shardings=mesh.replicated(where))
@@ -158,8 +154,7 @@ def work(dtype: str, output: Path, nudge: bool) -> None:
     mesh.initialize_distributed()
     where, kind = mesh.make_mesh(), np.dtype(dtype).type
     found = losses_and_gradients(where, kind)
-    for name, reach in (("batch", None), ("near", 3)):
-        found[f"training, {name}"] = training(where, kind, reach, nudge)
+    found["training"] = training(where, kind, nudge)
     if mesh.is_first():
         output.write_bytes(pickle.dumps(jax.tree.map(np.asarray, found)))
     mesh.barrier("written")
@@ -213,7 +208,7 @@ def rows_of(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
     """The largest difference of everything that was computed, by name."""
     rows = {}
     for name in got:
-        if name.startswith("training"):
+        if name == "training":
             for part in ("terms", "gradients", "statistics"):
                 rows[f"{name}: {part}"] = largest(got[name][part], want[name][part])
             curve = np.abs(np.array(got[name]["curve"]) - np.array(want[name]["curve"]))

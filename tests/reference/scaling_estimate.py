@@ -29,16 +29,18 @@ class Machine:
     name: str
     chips: int
     peak: float  # FLOP/s, bfloat16, dense
-    link: float  # bytes/s that a chip receives
+    together: float  # bytes/s that a chip receives when all of them sum or gather
+    alone: float  # bytes/s from one other chip
 
 
-# NVIDIA's H100 SXM data sheet: 989 TFLOP/s, NVLink 900 GB/s both ways together. One 400 Gbit/s
-# adapter for each GPU (DGX H100). Google's TPU v5e page: 197 TFLOP/s, 1600 Gbit/s between chips,
-# taken as both ways together.
+# NVIDIA's H100 SXM data sheet: 989 TFLOP/s, NVLink 900 GB/s both ways together. DGX H100: a 400
+# Gbit/s adapter for each GPU; all eight of a node carry a sum or a gather, whose parts cross once
+# per node. Google's TPU v5e page: 197 TFLOP/s, 1600 Gbit/s between chips, over four links, both
+# ways together.
 MACHINES = (
-    Machine("H100 node, NVLink", 8, 989e12, 450e9),
-    Machine("H100 cluster, 400 Gbit/s per GPU", 256, 989e12, 50e9),
-    Machine("TPU v5e pod", 256, 197e12, 100e9),
+    Machine("H100 node", 8, 989e12, 450e9, 450e9),
+    Machine("H100 cluster", 256, 989e12, 400e9, 50e9),
+    Machine("TPU v5e pod", 256, 197e12, 100e9, 25e9),
 )
 
 
@@ -49,7 +51,7 @@ class Step:
     flops: float  # of one device's images
     map_elements: int  # of an image, over the scales
     code: int  # elements of a pooled code
-    parameters: int  # trained
+    gradients: int  # numbers that are summed over the devices
 
 
 def received(step: Step, devices: int, negatives: str) -> dict[str, float]:
@@ -57,7 +59,7 @@ def received(step: Step, devices: int, negatives: str) -> dict[str, float]:
     others = (devices - 1) / devices
     maps = devices - 1.0 if negatives == "batch" else REACH / IMAGES
     return {
-        "gradients": 2 * others * step.parameters * EXACT,
+        "gradients": 2 * others * step.gradients * EXACT,
         "maps": 2 * maps * IMAGES * step.map_elements * WIRE,
         "codes": 2 * (devices - 1) * IMAGES * 2 * step.code * EXACT,
     }
@@ -67,13 +69,17 @@ def published_step(gflop: float) -> Step:
     """The step of the published recipe; `gflop` 0 compiles it to count its FLOPs."""
     config = config_of(1, "batch", [])
     _, params, _ = architecture_of(config.to_dict()).abstract()
-    trained = {name: tree for name, tree in params.items() if name != "encoder"}
     size = config.data.image_size
     maps = sum((size // stride) ** 2 * 64 * stride for stride in (4, 8, 16))  # 256 to 1024 channels
     if not gflop:
         analysis = compiled_step(config, mesh.make_mesh(1)).cost_analysis()
         gflop = analysis["flops"] / 1e9
-    number = sum(leaf.size for leaf in jax.tree.leaves(trained))
+    # As compiled: each view's gradients of projector and neck are summed over the devices before
+    # they are added.
+    times = {"encoder": 0, "projector": 2, "neck": 2, "decoder": 1}
+    number = sum(
+        times[name] * leaf.size for name, tree in params.items() for leaf in jax.tree.leaves(tree)
+    )
     return Step(gflop * 1e9, maps, 2048, number)
 
 
@@ -82,7 +88,7 @@ def table(step: Step) -> str:
     size = step.map_elements * WIRE / 1e6
     lines = [
         f"{step.flops / 1e12:.2f} TFLOP a step and device; maps of {size:.2f} MB an image; "
-        f"{step.parameters / 1e6:.1f} M trained parameters\n",
+        f"{step.gradients / 1e6:.1f} M gradients\n",
         "| machine | chips | negatives | computing, ms | gradients, ms | maps, ms | codes, ms | "
         "sending / computing |",
         "| :-- | --: | :-- | --: | --: | --: | --: | --: |",
@@ -91,7 +97,10 @@ def table(step: Step) -> str:
         computing = step.flops / (machine.peak * SHARE)
         for negatives in ("batch", "near"):
             parts = received(step, machine.chips, negatives)
-            sending = {name: size / machine.link for name, size in parts.items()}
+            speed = dict.fromkeys(parts, machine.together)
+            if negatives == "near":
+                speed["maps"] = machine.alone
+            sending = {name: size / speed[name] for name, size in parts.items()}
             cells = [f"{1e3 * seconds:.1f}" for seconds in (computing, *sending.values())]
             share = sum(sending.values()) / computing
             lines.append(
