@@ -103,7 +103,7 @@ def import_job(config: ConfigDict, workdir: Path) -> int:
     """
     refuse_used(workdir)
     architecture = architecture_of(config.to_dict())
-    where = setup.devices_of(config)
+    where = setup.devices_of(config, shards=1)
     setup.one_process("import")
     released = read_released(config.published.checkpoint, architecture)
     optimizer = settings.optimizer_of(config, 1)  # its state does not depend on the length
@@ -163,7 +163,7 @@ def write_description(config: ConfigDict, workdir: Path, released: Released) -> 
 
 def export_job(config: ConfigDict, workdir: Path) -> int:
     """Writes a checkpoint of `workdir`, encoder and all, as the released code would name it."""
-    setup.devices_of(config)
+    setup.devices_of(config, shards=1)
     setup.one_process("export")
     settle.check_same_model(config, workdir)
     values = config.to_dict()

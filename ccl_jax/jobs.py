@@ -83,6 +83,7 @@ def train_in(
             with watch.during("evaluating", number):
                 return evaluate_and_print(config, workdir, scorer, split, seconds, again, over)
 
+        schedule = settings.schedule_of(config, total)
         with setup.run_log(config, workdir, where, total, done) as log:
             try:
                 with (
@@ -95,12 +96,13 @@ def train_in(
                         sent,
                         training.step,
                         where=where,
-                        schedule=settings.schedule_of(config, total),
+                        schedule=schedule,
                         checkpoints=checkpoints,
                         log=log,
                         evaluate=evaluation,
                         stop=stop,
                         watch=watch,
+                        missing_evaluation=setup.lacks_evaluation(workdir, schedule, done),
                     )
             finally:
                 print_skipped(workdir)
@@ -119,9 +121,9 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
         return follow_job(config, workdir)
     start = time.perf_counter()
     setup.devices_of(config, "eval.batch_size", shards=1)
+    settle.check_same_model(config, workdir)
     check_writable(workdir, "--workdir")
     with setup.watch(config, workdir / "evaluation") as watch:
-        settle.check_same_model(config, workdir)
         split = read_split(config)
         scorer = scorer_of(
             workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices
@@ -181,7 +183,7 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
             "--job predict needs an image or a folder of them, e.g. --config.predict.input=photos."
         )
     output = Path(config.predict.output or workdir / "predictions")
-    setup.devices_of(config)
+    setup.devices_of(config, shards=1)
     setup.one_process("predict")
     settle.check_same_model(config, workdir)
     check_writable(output, "--config.predict.output")
@@ -215,7 +217,7 @@ def baseline_job(config: ConfigDict, workdir: Path) -> int:
 
 def pretrain_job(config: ConfigDict, workdir: Path) -> int:
     """Learns an encoder from procedural images, phase after phase, or goes on."""
-    where = setup.devices_of(config)
+    where = setup.devices_of(config, shards=1)
     setup.one_process("pretrain")
     look = Look(tensorboard=config.run.tensorboard, progress=config.run.progress)
     phases: list[tuple[str, Recipe | Episodes, Plan]] = [

@@ -163,7 +163,10 @@ def read_config(path: str | None, words: Sequence[str]) -> configs.ConfigDict:
         raise ValueError(f"--job {job} needs a config, e.g. --config configs/{example}.py.")
     if workdir is None:
         raise ValueError(f"--job {job} needs a trained folder, e.g. --workdir runs/demo.")
-    return configs.read_json(Path(workdir) / "config.json")
+    config = configs.read_json(Path(workdir) / "config.json")
+    if "run" in config and "cluster" in config.run:
+        config.run.cluster = "auto"  # how the training's processes met says nothing about this job
+    return config
 
 
 def unknown_setting(words: Sequence[str]) -> str | None:

@@ -58,8 +58,8 @@ def negatives_of(config: ConfigDict, devices: int) -> str:
     return "batch" if devices <= GATHERED_UP_TO else "near"
 
 
-def loss_settings(config: ConfigDict, negatives: str = "batch") -> LossSettings:
-    """The loss terms that the config describes, with negatives from "batch" or "near"."""
+def loss_settings(config: ConfigDict, devices: int = 1) -> LossSettings:
+    """The loss terms that the config describes, on so many devices."""
     cosine, local, global_ = config.loss.cosine, config.loss.local, config.loss.global_
     return LossSettings(
         cosine_weight=cosine.weight,
@@ -68,7 +68,7 @@ def loss_settings(config: ConfigDict, negatives: str = "batch") -> LossSettings:
         local_temperature=local.temperature,
         local_window=local.window if local.match == "window" else None,
         local_same_class=local.same_class_candidates,
-        local_reach=local.reach if negatives == "near" else None,
+        local_reach=local.reach if negatives_of(config, devices) == "near" else None,
         global_weight=global_.weight,
         global_temperature=global_.temperature,
         global_form=global_.form,

@@ -27,7 +27,7 @@ from ccl_jax.state import (
     read_encoder,
 )
 from ccl_jax.throughput import device_peak
-from ccl_jax.train import make_train_step
+from ccl_jax.train import Schedule, make_train_step
 from ccl_jax.watch import Watch
 
 
@@ -45,15 +45,15 @@ class Training(NamedTuple):
 def devices_of(config: ConfigDict, *batches: str, shards: int | None = None) -> jax.sharding.Mesh:
     """Joins the other processes, if there are any; returns the mesh of the devices to run on.
 
-    Raises ValueError where they cannot divide one of the batch sizes, settings like
+    With `shards` a job that has no parameters to split ignores `run.parameter_shards`. Raises
+    ValueError where the devices cannot divide one of the batch sizes, settings like
     "train.batch_size".
     """
     if config.run.deterministic:
         determinism.ask_for_it()
     mesh.initialize_distributed(config.run.cluster, heartbeat_seconds=config.run.heartbeat_seconds)
-    where = mesh.make_mesh(
-        config.run.devices, config.run.parameter_shards if shards is None else shards
-    )
+    shards = config.run.parameter_shards if shards is None else shards
+    where = mesh.make_mesh(config.run.devices, shards)
     sizes = dict(configs.flatten(config))
     for setting in batches:
         mesh.check_divisible(sizes[setting], where.size, setting)
@@ -76,12 +76,22 @@ def with_negatives(config: ConfigDict, workdir: Path, devices: int, *, fresh: bo
     A workdir that is continued keeps what it was started with, on any number of devices.
     """
     config = config.copy_and_resolve_references()
-    chosen = settings.negatives_of(config, devices)
-    if config.loss.local.negatives == "auto" and not fresh:
-        before = dict(configs.flatten(configs.read_json(workdir / "config.json")))
-        chosen = before.get("loss.local.negatives", chosen)
+    chosen = config.loss.local.negatives
+    if chosen == "auto" and not fresh:
+        before = configs.read_json(workdir / "config.json")
+        if "negatives" in before.loss.local:  # else `compare_settings` names what is missing
+            chosen = before.loss.local.negatives
+    if chosen == "auto":  # an imported workdir still says so, too
+        chosen = settings.negatives_of(config, devices)
     config.loss.local.negatives = chosen
     return config
+
+
+def lacks_evaluation(workdir: Path, schedule: Schedule, step: int) -> bool:
+    """Whether the evaluation that was due at this step is missing; in all processes alike."""
+    results = workdir / "evaluation" / str(step) / "results.json"
+    due = step > 0 and schedule.evaluates_at(step)
+    return due and bool(mesh.from_first(not results.exists()))
 
 
 def checkpoints_of(config: ConfigDict, workdir: Path) -> Checkpoints:
@@ -118,7 +128,7 @@ def set_up(
     step = make_train_step(
         graphdef,
         optimizer,
-        settings.loss_settings(config, settings.negatives_of(config, where.size)),
+        settings.loss_settings(config, where.size),
         Recipe(**config.augment.to_dict()),
         noise_probability=config.model.noise_probability,
         root=root,

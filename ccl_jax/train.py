@@ -155,6 +155,7 @@ def train(
     evaluate: Callable[[int, TrainState], Mapping[str, float]],
     stop: StopRequest,
     watch: Watch,
+    missing_evaluation: bool = False,
 ) -> TrainState:
     """Runs the steps that are left, and returns the last state; it is also saved.
 
@@ -162,8 +163,17 @@ def train(
     process of the run has received a signal, all after the same step. Raises FloatingPointError,
     naming step and term, where a loss or a gradient was not finite; the state before that step is
     saved. Whatever else stops a run of one process, such as a file that cannot be read, the steps
-    so far are saved too. An evaluation comes after a save; what it returns is logged.
+    so far are saved too. An evaluation comes after a save; what it returns is logged. With
+    `missing_evaluation` the one that was due at `state.step` comes first: it was interrupted.
     """
+
+    def evaluate_and_log(step: int, state: TrainState) -> None:
+        with log.paused():
+            found = evaluate(step, state)
+        log.write(step, found)
+
+    if missing_evaluation:
+        evaluate_and_log(int(state.step), state)
     run = Loop(where, checkpoints, log, watch)
     vote = Vote(stop, where)
     program: Callable[..., tuple[TrainState, Scalars, Array | None]] | None = None
@@ -185,9 +195,7 @@ def train(
             if evaluates or schedule.saves_at(done):
                 run.save(done, state)
             if evaluates:
-                with log.paused():
-                    found = evaluate(done, state)
-                log.write(done, found)
+                evaluate_and_log(done, state)
         except (ValueError, OSError, KeyboardInterrupt):  # e.g. a file that cannot be read
             # Of several processes this may be the only one here, and a save needs all.
             if not vote.needed and not state.step.is_deleted() and int(state.step) > 0:

@@ -15,8 +15,9 @@ Every further argument goes to python -m ccl_jax.main. The output of all hosts c
 
 A training continues at its last checkpoint when it is started again with the same workdir. That
 has to be a folder that all hosts share, like the data (Filestore, or a bucket under gcsfuse), and
-outlives the slice. Ctrl-C here ends the connection only: use --stop. A slice that was preempted is
-gone: create it again, --install, and start again.
+outlives the slice. Ctrl-C here cuts the connection, without which the processes end at their next
+output, unsaved: use --stop, and start it under tmux or the like. A slice that was preempted is gone:
+create it again, --install, and start again.
 
   TPU_NAME   name of the TPU VM
   ZONE       its zone

@@ -86,17 +86,21 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._starts += 1
         self._before = self._log_bytes()
-        overrides = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
-        places = ["--config=configs/demo.py", f"--workdir={self.workdir}"]
-        places += [f"--config.data.root={self.data}"]
         with self.output.open("w") as output:
             return subprocess.Popen(
-                [sys.executable, "-m", "ccl_jax.main", *places, *overrides],
+                self.command(),
                 env=os.environ | ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(self._cache)},
                 cwd=ROOT,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+
+    def command(self) -> list[str]:
+        """What is started."""
+        overrides = [f"--config.{name}={value}" for name, value in SETTINGS.items()]
+        places = ["--config=configs/demo.py", f"--workdir={self.workdir}"]
+        places += [f"--config.data.root={self.data}"]
+        return [sys.executable, "-m", "ccl_jax.main", *places, *overrides]
 
     @property
     def output(self) -> Path:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ccl_jax import config as configs
-from ccl_jax import jobs, losses, mesh, settings, setup
+from ccl_jax import jobs, losses, mesh, settings, settle, setup
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.run_log import RunLog
 from ccl_jax.signals import StopRequest
@@ -131,10 +131,14 @@ def test_automatic_choice_of_negatives_depends_on_the_devices_and_stays_with_the
     started = setup.with_negatives(tiny_config, tmp_path, 16, fresh=True)
     (tmp_path / "config.json").write_text(configs.to_json(started))
     assert chosen(tiny_config, 1, fresh=False) == "near"
+    imported = tiny_config.to_json()  # says "auto", and has a checkpoint
+    (tmp_path / "config.json").write_text(imported)
+    assert chosen(tiny_config, 16, fresh=False) == "near"
+    settle.compare_settings(tiny_config, started, tmp_path)
     tiny_config.loss.local.negatives = "batch"
     assert chosen(tiny_config, 16, fresh=False) == "batch"  # which settle_workdir then refuses
-    assert settings.loss_settings(started, "near").local_reach == 15
-    assert settings.loss_settings(started, "batch").local_reach is None
+    assert settings.loss_settings(started, 1).local_reach == 15
+    assert settings.loss_settings(tiny_config, 16).local_reach is None
 
 
 def test_a_step_moves_the_trained_parts_and_counts_itself(tiny_config, tmp_path):

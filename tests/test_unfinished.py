@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from ccl_jax import follow, jobs, main, mesh, notices
+from ccl_jax import follow, jobs, main, mesh, notices, setup
 from ccl_jax.datasets import read_split
 from ccl_jax.scoring import Scorer
 
@@ -102,3 +102,30 @@ def test_an_error_of_one_of_several_processes_ends_it_without_the_others(
         main.leave(status)
     assert left.value.code == status
     assert ended == ([] if waits else [status])
+
+
+def test_an_evaluation_on_the_way_that_was_interrupted_is_made_up_for(
+    trained, tiny_config, tmp_path
+):
+    workdir = tmp_path / "run"
+    shutil.copytree(trained, workdir)
+    wanted = json.loads((workdir / "evaluation/2/results.json").read_text())["classes"]
+    for gone in ("evaluation/2", "evaluation/4", "checkpoints/4"):
+        shutil.rmtree(workdir / gone)
+    assert jobs.train_job(tiny_config, workdir) == 0
+    assert json.loads((workdir / "evaluation/2/results.json").read_text())["classes"] == wanted
+    assert (workdir / "evaluation/4/results.json").exists()
+
+
+def test_how_a_training_was_spread_does_not_matter_to_later_jobs(trained, tiny_config, tmp_path):
+    shutil.copy(trained / "config.json", tmp_path / "config.json")
+    stored = json.loads((tmp_path / "config.json").read_text())
+    stored["run"] |= {"cluster": "gcetpu", "parameter_shards": 4}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    words = ["--job", "evaluate", f"--workdir={tmp_path}"]
+    config = main.read_config(None, words)
+    assert config.run.cluster == "auto"
+    assert config.run.devices == 1
+    with pytest.raises(ValueError, match="parameter_shards=4 does not divide the 1 devices"):
+        setup.devices_of(config)
+    assert setup.devices_of(config, "eval.batch_size", shards=1).size == 1

@@ -94,7 +94,7 @@ def compiled_step(config: configs.ConfigDict, where: jax.sharding.Mesh) -> jax.s
     step = make_train_step(
         graphdef,
         optimizer,
-        settings.loss_settings(config, settings.negatives_of(config, where.size)),
+        settings.loss_settings(config, where.size),
         Recipe(**config.augment.to_dict()),
         noise_probability=config.model.noise_probability,
         root=jax.random.key(config.seed),
