@@ -315,9 +315,25 @@ def test_the_config_of_a_training_is_waited_for(tmp_path, monkeypatch, capsys):
         following, "nap", lambda seconds, stop: os.kill(os.getpid(), signal.SIGTERM)
     )
     assert main.await_training(words) == 143
+    assert main.await_training([*words, "--config.run.unfinished_exit_code=75"]) == 75
     monkeypatch.setattr(following, "nap", lambda seconds, stop: None)
     assert main.main([*words, "--config.eval.follow_patience=1e-9"]) == 1
     assert "gave up" in capsys.readouterr().out
+
+
+def test_a_follower_that_was_asked_to_stop_ends_as_the_config_says(
+    photos, tmp_path, monkeypatch, capsys
+):
+    config = make_tiny_config(photos)
+    config.eval.follow = True
+    config.run.unfinished_exit_code = 75
+    config.run.parameter_shards = 3  # of the training, which may have had other devices
+    monkeypatch.setattr(following, "nap", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert jobs.evaluate_job(config, tmp_path) == 75
+    assert "SIGTERM: stopped; what was evaluated stays; run the same" in capsys.readouterr().out
+    assert not list((tmp_path / following.LOG / ".processes").iterdir())
+    config.run.unfinished_exit_code = 0
+    assert jobs.evaluate_job(config, tmp_path) == 128 + signal.SIGTERM
 
 
 def test_a_trained_workdir_is_followed_to_its_end(trained, photos, tmp_path):
