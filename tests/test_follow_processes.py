@@ -58,7 +58,7 @@ class Pair:
         lines = path.read_text().splitlines() if path.exists() else []
         return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
-    def wait_for(self, condition, process, seconds=240):
+    def wait_for(self, condition, process, seconds=600):
         until = time.monotonic() + seconds
         while not condition():
             assert process.poll() is None, self.said("follow") + self.said("train")
