@@ -14,7 +14,7 @@ from conftest import ROOT, write_photos
 from test_main import tiny
 
 from ccl_jax.checkpoint import Checkpoints
-from ccl_jax.watch import STALLED
+from ccl_jax.ending import STALLED
 
 pytestmark = pytest.mark.slow
 ABORTED = -signal.SIGABRT  # by JAX, once its first process is gone
