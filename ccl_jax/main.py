@@ -16,9 +16,11 @@ unit.
 
 Exit status:
     0    done; of a training: all steps, and their evaluation
-    1    an error; predict: some files could not be read; prepare: data would spoil a training
+    1    an error, also one of another process of the run (all name it); predict: some files could
+         not be read; prepare: data would spoil a training
     2    wrong arguments
-    70   nothing went on for config.run.stall_seconds, or another process of the run is lost
+    70   nothing went on for config.run.stall_seconds, another process of the run is lost, or the
+         connection to it: worth another start
     130  stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 138 by SIGUSR1: 128 + the signal's number, or
          config.run.unfinished_exit_code; the same command goes on
     134  JAX ended this process, because another one of the run is lost
