@@ -42,8 +42,9 @@ def tell(text: str) -> None:
 
 
 def end_process(status: int) -> None:
-    """Ends this process from any thread, once standard error has the place of every thread."""
-    _try(lambda: faulthandler.dump_traceback(all_threads=True))
+    """Ends this process from any thread; standard error gets the place of all if it has stalled."""
+    if status == STALLED:
+        _try(lambda: faulthandler.dump_traceback(all_threads=True))
     os._exit(status)
 
 
