@@ -27,7 +27,7 @@ from ccl_jax.scoring import Scorer, Scorers, architecture_of, map_settings_of
 from ccl_jax.signals import Stopped, StopRequest
 from ccl_jax.state import TrainState, join
 from ccl_jax.train import train
-from ccl_jax.workdir import check_writable, lock_workdir
+from ccl_jax.workdir import check_writable, lock_workdir, only_run
 
 
 def train_job(config: ConfigDict, workdir: Path) -> int:
@@ -38,8 +38,10 @@ def train_job(config: ConfigDict, workdir: Path) -> int:
     where = setup.devices_of(config, "train.batch_size", "eval.batch_size")
     try:
         with StopRequest(config.run.stop_signals) as stop:
-            with stop.at_once():
+            # Of several processes one that ends here would leave the others waiting for it.
+            with stop.at_once() if mesh.is_alone() else contextlib.nullcontext():
                 split = read_split(config)
+            check_together(stop, "nothing was begun")
             train_in(config, workdir, where, split, stop)
     except Stopped as stopped:
         return notices.unfinished(config, stopped)
@@ -57,8 +59,8 @@ def train_in(
     start = time.perf_counter()
     total, _ = settings.total_steps(config, len(split.train))
     with (
-        lock_workdir(workdir) if mesh.is_first() else contextlib.nullcontext(),
-        setup.watch(config, workdir) as watch,
+        only_run(workdir) as run,
+        setup.watch(config, workdir, run) as watch,
         setup.checkpoints_of(config, workdir) as checkpoints,
     ):
         fresh = checkpoints.latest is None
@@ -106,7 +108,8 @@ def train_in(
                     )
             finally:
                 print_skipped(workdir)
-            checkpoints.wait()
+            with watch.during("saving", total):
+                checkpoints.wait()
             mesh.barrier("the training has ended")
             if int(state.step) < total:
                 stop.check(f"saved step {int(state.step)} of {total}")
@@ -123,7 +126,7 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
     setup.devices_of(config, "eval.batch_size", shards=1)
     settle.check_same_model(config, workdir)
     check_writable(workdir, "--workdir")
-    with setup.watch(config, workdir / "evaluation") as watch:
+    with setup.watch(config, workdir / "evaluation", start_number()) as watch:
         split = read_split(config)
         scorer = scorer_of(
             workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices
@@ -141,7 +144,8 @@ def follow_job(config: ConfigDict, workdir: Path) -> int:
     setup.devices_of(config, "eval.batch_size", shards=1)
     check_writable(workdir, "--workdir")
     maps = map_settings_of(config.to_dict())
-    watch = setup.watch(config, workdir / follow.LOG)  # the training has files of its own
+    # The training's watch has files of its own.
+    watch = setup.watch(config, workdir / follow.LOG, start_number())
 
     def opened() -> follow.Evaluator:  # the training has prepared its data by then
         settle.check_same_model(config, workdir)
@@ -174,6 +178,11 @@ def follow_job(config: ConfigDict, workdir: Path) -> int:
             )
     except Stopped as stopped:
         return notices.unfinished(config, stopped)
+
+
+def start_number() -> int:
+    """A number of this start, for its watch; the same in all processes."""
+    return mesh.from_first(time.time_ns() // 1_000_000)
 
 
 def predict_job(config: ConfigDict, workdir: Path) -> int:

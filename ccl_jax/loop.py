@@ -13,7 +13,7 @@ from jaxtyping import Array
 from ccl_jax import mesh
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.run_log import RunLog
-from ccl_jax.signals import StopRequest
+from ccl_jax.signals import Stopped, StopRequest
 from ccl_jax.state import TrainState
 from ccl_jax.throughput import count_flops
 from ccl_jax.watch import Watch
@@ -79,14 +79,17 @@ class Vote:
 def check_together(stop: StopRequest, saved: str) -> None:
     """Raises `Stopped` in every process where a signal has come to any; all must call it.
 
-    `saved` says what is on disk.
+    `saved` says what is on disk. A signal that comes while the processes ask each other counts the
+    next time.
     """
-    if jax.process_count() > 1:
-        received = np.zeros(65, np.int64)  # by number; signals go up to 64
-        received[stop.signal or 0] = 1
-        anywhere = np.flatnonzero(mesh.sum_over_processes(received)[1:])
-        stop.signal = signal.Signals(int(anywhere[-1]) + 1) if anywhere.size else None
-    stop.check(saved)
+    if jax.process_count() == 1:
+        stop.check(saved)
+        return
+    received = np.zeros(65, np.int64)  # by number; signals go up to 64
+    received[stop.signal or 0] = 1
+    anywhere = np.flatnonzero(mesh.sum_over_processes(received)[1:])
+    if anywhere.size:
+        raise Stopped(signal.Signals(int(anywhere[-1]) + 1), saved)
 
 
 class Loop:

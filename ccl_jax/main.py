@@ -16,9 +16,11 @@ unit.
 
 Exit status:
     0    done; of a training: all steps, and their evaluation
-    1    an error; predict: some files could not be read; prepare: data would spoil a training
+    1    an error, also one of another process of the run (all name it); predict: some files could
+         not be read; prepare: data would spoil a training
     2    wrong arguments
-    70   nothing went on for config.run.stall_seconds, or another process of the run is lost
+    70   nothing went on for config.run.stall_seconds, another process of the run is lost, or the
+         connection to it: worth another start
     130  stopped by Ctrl-C (SIGINT), 143 by SIGTERM, 138 by SIGUSR1: 128 + the signal's number, or
          config.run.unfinished_exit_code; the same command goes on
     134  JAX ended this process, because another one of the run is lost
@@ -76,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(
             "interrupted; what was saved is safe, run the same command to go on.", file=sys.stderr
         )
+        if not mesh.is_alone():  # a second Ctrl-C, or one that only this process has got
+            leave_at_once(130)
         return 130
     except Exception as error:
         print(explain(error), file=sys.stderr)
@@ -200,14 +204,21 @@ def explain(error: Exception) -> str:
 def leave(status: int) -> None:
     """Ends this process; after an error in one of several, without waiting for the others.
 
-    They wait for this one, and at a usual end it would wait for them. Statuses above 2 are those
-    on which all agree.
+    They wait for this one, and at a usual end it would wait for them. On statuses above 2 that
+    come here all processes agree: each was asked to stop, or has heard of it before any ends.
     """
+    if status in (1, 2) and not mesh.is_alone():
+        leave_at_once(status)
     sys.stdout.flush()
     sys.stderr.flush()
-    if status in (1, 2) and not mesh.is_alone():
-        os._exit(status)
     sys.exit(status)
+
+
+def leave_at_once(status: int) -> None:
+    """Ends this process whatever the others do."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 if __name__ == "__main__":

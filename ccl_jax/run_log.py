@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -37,9 +37,11 @@ class RunLog:
         progress: bool,
         devices: int = 1,
         peak: float | None = None,
+        clock: Callable[[], float] = time.perf_counter,
+        wall_clock: Callable[[], float] = time.time,
     ) -> None:
         """Of a run on `devices`, each of which can do `peak` FLOP/s at most, if that is known."""
-        self._throughput = Throughput(images_per_step, devices=devices, peak=peak)
+        self._throughput = Throughput(images_per_step, clock, devices=devices, peak=peak)
         self._compile_seconds: float | None = None
         self._goodput: Goodput | None = None
         self._lines: IO[str] | None = None
@@ -49,7 +51,7 @@ class RunLog:
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             self._lines, useful = _reopen(folder / "metrics.jsonl", start_step)
-            self._goodput = Goodput(folder / "goodput.json", useful)
+            self._goodput = Goodput(folder / "goodput.json", useful, wall_clock)
         if first and tensorboard:
             self._events = _open_events(folder, start_step)
         self._bar = tqdm(

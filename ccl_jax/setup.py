@@ -160,13 +160,14 @@ def run_log(
     )
 
 
-def watch(config: ConfigDict, workdir: Path) -> Watch:
-    """Ends this process where the run in `workdir` stands still."""
+def watch(config: ConfigDict, workdir: Path, run: int) -> Watch:
+    """Ends this process where the run in `workdir`, whose number is `run`, stands still."""
     return Watch(
         workdir,
         index=jax.process_index(),
         count=jax.process_count(),
         stall_seconds=config.run.stall_seconds,
+        run=run,
     )
 
 

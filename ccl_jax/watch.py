@@ -3,38 +3,33 @@
 The processes of a run compute every step together: where one is lost, hangs or fails, the others
 wait in a collective, which no Python exception ends. So each writes where it is into a folder that
 all see, and a thread of each ends its process, with the name of the one that holds all up, when
-nothing has gone on for `run.stall_seconds`.
+nothing has gone on for `run.stall_seconds`. A second thread does the same without any file, because
+a network file system that hangs holds up the first.
 """
 
 import contextlib
 import dataclasses
-import faulthandler
-import os
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+import traceback as tracebacks
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ccl_jax.ending import FAILED_TOO, STALLED, Idle, end_process, tell
 from ccl_jax.whereabouts import FIRST, Report, behind, read_report, report_of
 
 FOLDER = ".processes"  # of a workdir
 FAILED = "failed.json"  # in it: the first process of a run that ended with an error of its own
-STALLED = 70  # exit status of a process that ends because nothing goes on, or another one is lost
+COLLECTIVE = ("gloo", "nccl", "collective", "unavailable", "deadline_exceeded", "barrier")
+PACKAGE = Path(__file__).resolve().parent
 INTERVAL = 5.0  # seconds between two reports of a process, at most
+LATE = 8  # intervals after which the second thread ends what the first should have ended
 SILENT = 3  # intervals without a report, after which a process counts as stopped or lost
 # These take long: compiling, also in the others, which the first steps and evaluations wait for;
 # reading all; a network file system that wakes up.
 PATIENT = {"starting": 6, "compiling": 6, FIRST: 6, "evaluating": 3}  # times `stall_seconds`
-
-
-def end_process(status: int) -> None:
-    """Ends this process from any thread, once standard error has the place of every thread."""
-    faulthandler.dump_traceback(all_threads=True)
-    sys.stderr.flush()
-    os._exit(status)
 
 
 class Watch:
@@ -43,6 +38,8 @@ class Watch:
     The block that an error leaves in a run of several processes tells the others of it, because
     they wait for this process: they end too, and name it. A computer that sleeps, or a process that
     is stopped and continued (Ctrl-Z), has not stalled. `stall_seconds` 0: never ends a process.
+    `run` is a number that this start of the run has to itself: what another start has left in the
+    folder does not count.
     """
 
     def __init__(
@@ -52,27 +49,34 @@ class Watch:
         index: int,
         count: int,
         stall_seconds: float,
+        run: int = 0,
         end: Callable[[int], Any] = end_process,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._folder = workdir / FOLDER
-        self._index, self._count = index, count
+        self._index, self._count, self._run_number = index, count, run
         self._limit, self._end, self._clock = stall_seconds, end, clock
         self.interval = min(INTERVAL, stall_seconds / 8) if stall_seconds else INTERVAL
         self._place: tuple[str, int | None] = ("starting", None)
-        self._moves, self._seen, self._beat = 0, 0, 0
-        self._idle = 0.0  # seconds without a move, as the thread has counted them
-        self._last = clock()
+        self._moves, self._beat = 0, 0
+        self._idle = Idle(clock, self.interval)  # as the first thread has counted it
+        self._idle_by_second = Idle(clock, self.interval)
         self._heard: dict[int, tuple[int, float]] = {}  # beat, and since when it is the same
         self._noted: set[int] = set()
         self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(act,), name=name, daemon=True)
+            for name, act in (
+                ("watch", self.tick),
+                ("watch without files", self.tick_without_files),
+            )
+        ]
 
     def __enter__(self) -> "Watch":
         self._folder.mkdir(parents=True, exist_ok=True)
         self._write()
-        self._since = self._file(self._index).stat().st_mtime  # by the file system's clock
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(
@@ -84,9 +88,11 @@ class Watch:
         if isinstance(error, Exception) and self._count > 1:
             self._tell_of(error)
         self._leaving.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         if error is None or isinstance(error, KeyboardInterrupt):
-            self._file(self._index).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # no reason to fail at the very end
+                self._file(self._index).unlink(missing_ok=True)
 
     def at(self, phase: str, step: int | None = None) -> None:
         """Says what this process does from now on; that counts as progress."""
@@ -118,36 +124,42 @@ class Watch:
 
     # --- the thread ----------------------------------------------------------------------------
 
-    def _run(self) -> None:
+    def _repeat(self, act: Callable[[], None]) -> None:
         while not self._leaving.wait(self.interval):
-            self.tick()
+            act()
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that this phase may take, if there is a limit."""
+        return self._limit * PATIENT.get(self._place[0], 1)
 
     def tick(self) -> None:
         """Reports, looks at the others where this process waits, and ends it where it must."""
-        now = self._clock()
-        # A gap between two ticks is one in which this process was stopped, and not one of waiting.
-        self._idle += min(now - self._last, 2 * self.interval)
-        self._last = now
-        if self._moves != self._seen:
-            self._seen, self._idle = self._moves, 0.0
+        if self._idle.count(self._moves):
             self._heard.clear()
         with contextlib.suppress(OSError):  # a disk that is full or away is for the run to meet
             self._write()
         failed = self._failed()
         if failed is not None:
-            self._leave(
-                f"{failed} ended with an error: {failed.error}\nThis process cannot go "
-                f"on without it."
-            )
+            self._follow(failed)
             return
-        patience = PATIENT.get(self._place[0], 1)
-        limit = self._limit * patience
+        patient = PATIENT.get(self._place[0], 1) > 1
         # Every process reads the files of all; not while all of them compile.
-        listens_from = SILENT * self.interval if patience == 1 else limit / 2
-        if self._count > 1 and self._idle >= listens_from:
+        listens_from = self._patience / 2 if patient else SILENT * self.interval
+        if self._count > 1 and self._idle.seconds >= listens_from:
             self._listen()
-        if self._limit and self._idle >= limit:
+        if self._limit and self._idle.seconds >= self._patience:
             self._leave(self._explanation())
+
+    def tick_without_files(self) -> None:
+        """Ends this process where `tick` should have done so long ago: it hangs at a file."""
+        self._idle_by_second.count(self._moves)
+        late = LATE * self.interval
+        if self._limit and self._idle_by_second.seconds >= self._patience + late:
+            self._leave(
+                f"nothing has gone on for {self._idle_by_second.seconds:.0f} s; this process is "
+                f"{self._mine().place}. What the others do cannot be read: {self._folder} hangs."
+            )
 
     def _listen(self) -> None:
         """Remembers since when each other process has said nothing new; notes the silent ones."""
@@ -159,7 +171,7 @@ class Watch:
         for report in self._silent():
             if report.index not in self._noted:
                 self._noted.add(report.index)
-                _tell(f"{report} gives no sign of life; it was {report.place}.")
+                tell(f"{report} gives no sign of life; it was {report.place}.")
 
     def _silent(self) -> list[Report]:
         """The last reports of those that have said nothing new for SILENT intervals."""
@@ -173,7 +185,8 @@ class Watch:
 
     def _explanation(self) -> str:
         """Who holds all up, as far as it can be told from what the processes last wrote."""
-        head = f"nothing has gone on for {self._idle:.0f} s; this process is {self._mine().place}"
+        seconds, place = self._idle.seconds, self._mine().place
+        head = f"nothing has gone on for {seconds:.0f} s; this process is {place}"
         if self._count == 1:
             return f"{head}."
         others = self._others()
@@ -204,14 +217,11 @@ class Watch:
         """
         words = " ".join(str(error).split())[:500]
         if _is_of_a_collective(error):
-            _tell(f"a computation of all processes failed ({words[:160]}); who is gone?")
-            gone = self._gone()
-            if gone:
-                names = "; ".join(f"{each}, which was {each.place}" for each in gone)
-                self._leave(f"lost {names}: killed, or its host is gone.")
-                return
+            tell(f"a computation of all processes failed ({words[:160]}); who is gone?")
+            self._leave_without(self._gone())
+            return
         report = dataclasses.replace(self._mine(), error=f"{type(error).__name__}: {words}")
-        _tell(f"{report} fails: {report.error}")
+        tell(f"{report} fails: {report.error}")
         with contextlib.suppress(OSError):  # the error itself may be that nothing can be written
             if self._failed() is None:
                 report.write(self._folder / FAILED)
@@ -231,17 +241,39 @@ class Watch:
             time.sleep(self.interval / 4)
         return []
 
+    def _leave_without(self, gone: Sequence[Report]) -> None:
+        """Ends this process after a failed computation, with the names of those that are gone."""
+        if gone and gone[0].error:
+            self._follow(gone[0])
+        elif gone:
+            names = "; ".join(f"{each}, which was {each.place}" for each in gone)
+            self._leave(f"lost {names}: killed, or its host is gone.")
+        else:
+            self._leave("lost the connection, and no process is gone: the network has a fault.")
+
+    def _follow(self, failed: Report) -> None:
+        """Ends this process as the other one ended: an error of one is an error of the run."""
+        self._end_with(
+            FAILED_TOO,
+            f"error: {failed} ended with an error: {failed.error}\nThis process cannot go on "
+            f"without it, and ends with status {FAILED_TOO}, too.",
+        )
+
     def _leave(self, message: str) -> None:
-        """Ends this process, wherever its main thread hangs."""
+        """Ends this process, wherever its main thread hangs, for another start to go on."""
+        self._end_with(
+            STALLED,
+            f"error: {message} Ended with status {STALLED} (config.run.stall_seconds="
+            f"{self._limit:g}); start again with the same --workdir: the run goes on from its "
+            f"newest checkpoint.",
+        )
+
+    def _end_with(self, status: int, words: str) -> None:
         if self._index == 0 and self._count > 1:
             # With the first process its coordination service ends, which ends the others at once.
             time.sleep(2 * self.interval)
-        _tell(
-            f"error: {message} Ended with status {STALLED} (config.run.stall_seconds="
-            f"{self._limit:g}); start again with the same --workdir: the run goes on from its "
-            f"newest checkpoint."
-        )
-        self._end(STALLED)
+        tell(words)
+        self._end(status)
 
     # --- files ---------------------------------------------------------------------------------
 
@@ -249,7 +281,7 @@ class Watch:
         return self._folder / f"{index}.json"
 
     def _mine(self) -> Report:
-        return report_of(self._index, *self._place, self._beat)
+        return report_of(self._index, *self._place, self._beat, self._run_number)
 
     def _write(self) -> None:
         self._beat += 1
@@ -257,26 +289,23 @@ class Watch:
 
     def _others(self) -> list[Report]:
         indices = (index for index in range(self._count) if index != self._index)
-        found = [read_report(self._file(index)) for index in indices]
+        found = [self._read(self._file(index)) for index in indices]
         return [report for report in found if report is not None]
 
     def _failed(self) -> Report | None:
-        """What another process wrote of its own error, since this one began."""
-        path = self._folder / FAILED
-        try:
-            if self._count == 1 or path.stat().st_mtime < self._since:
-                return None
-        except FileNotFoundError:
-            return None
-        report = read_report(path)
+        """What another process of this start of the run wrote of its own error."""
+        report = self._read(self._folder / FAILED) if self._count > 1 else None
         return None if report is None or report.index == self._index else report
+
+    def _read(self, path: Path) -> Report | None:
+        report = read_report(path)
+        return None if report is None or report.run != self._run_number else report
 
 
 def _is_of_a_collective(error: Exception) -> bool:
     """Whether JAX raised it: a failed collective is a ValueError or a RuntimeError of its own."""
-    words = str(error)
-    return any(word in words for word in ("Gloo", "NCCL", "collective", "UNAVAILABLE", "barrier"))
-
-
-def _tell(text: str) -> None:
-    print(f"\n{text}", file=sys.stderr, flush=True)
+    frames = tracebacks.extract_tb(error.__traceback__)
+    if frames and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE):
+        return False  # words of our own, such as the name of a file
+    words = str(error).lower()
+    return any(word in words for word in COLLECTIVE)

@@ -23,6 +23,7 @@ class Report:
     step: int | None
     time: float  # Unix seconds
     beat: int
+    run: int = 0  # which start of the run it belongs to
     error: str = ""
 
     def __str__(self) -> str:
@@ -40,7 +41,7 @@ class Report:
             return False
         try:
             stat = Path(f"/proc/{self.pid}/stat").read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):  # the latter: while it was read
             return Path("/proc/self").exists()  # only Linux lists its processes there
         return stat.rpartition(")")[2].split()[0] in "ZX"  # nobody has waited for it yet
 
@@ -51,18 +52,21 @@ class Report:
         os.replace(partial, path)
 
 
-def report_of(index: int, phase: str, step: int | None, beat: int) -> Report:
+def report_of(index: int, phase: str, step: int | None, beat: int, run: int = 0) -> Report:
     """Where this process is now."""
     return Report(
-        index, socket.gethostname(), os.getpid(), phase, step, round(time.time(), 3), beat
+        index, socket.gethostname(), os.getpid(), phase, step, round(time.time(), 3), beat, run
     )
 
 
 def read_report(path: Path) -> Report | None:
-    """What a process wrote last; None where it has written nothing."""
+    """What a process wrote last; None where it has written nothing, or that cannot be read now.
+
+    A network file system may be away for a while, and come back.
+    """
     try:
         return Report(**json.loads(path.read_text()))
-    except FileNotFoundError:
+    except (OSError, ValueError, TypeError):  # TypeError: by another version of this package
         return None
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import filelock
 
+from ccl_jax import mesh
+
 LOCK = ".run.lock"
 HOLDER = ".run.json"  # beside the lock, because a lock file may be truncated by who tries it
+_TELL = 3.0  # seconds in which the others read that the first process was refused
 _LOOK = 0.3  # seconds to wait for a lock that `is_locked` may hold for a moment
 
 
@@ -53,6 +56,33 @@ def lock_workdir(workdir: Path) -> Iterator[None]:
     finally:
         (workdir / HOLDER).unlink(missing_ok=True)
         lock.release()
+
+
+@contextlib.contextmanager
+def only_run(workdir: Path) -> Iterator[int]:
+    """`lock_workdir` for all processes of a run; yields a number that this start has to itself.
+
+    The first process takes the lock. Where it cannot, all raise ValueError (it, whatever has kept
+    it from it), before any has written into the folder.
+    """
+    with contextlib.ExitStack() as held:
+        refusal = None
+        if mesh.is_first():
+            try:
+                held.enter_context(lock_workdir(workdir))
+            except (ValueError, OSError) as error:
+                refusal = error
+        run = mesh.from_first(0 if refusal else time.time_ns())
+        if refusal is not None:
+            if not mesh.is_alone():
+                time.sleep(_TELL)  # its end would be theirs
+            raise refusal
+        if not run:
+            raise ValueError(
+                f"--workdir={workdir} was refused to the first process of this run, which says "
+                f"why; wait, or choose another folder, e.g. --workdir={workdir}-2."
+            )
+        yield run
 
 
 def is_locked(workdir: Path) -> bool:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ccl_jax import mesh
+from ccl_jax import loop, mesh
 from ccl_jax.ahead import Ahead
 from ccl_jax.loop import next_batch
 from ccl_jax.run_log import RunLog
@@ -88,16 +88,60 @@ def test_rows_that_the_devices_cannot_split_are_an_error_too():
         next(ahead)
 
 
-def test_closing_waits_for_one_batch_at_most_and_ends_the_thread():
-    source = Source(seconds=0.3)
-    with Ahead(source, mesh.make_mesh(1), depth=100):
-        wait_until(lambda: len(threads()) == 1)
-        began = time.monotonic()
-    assert time.monotonic() - began < 3  # not thirty
+class Gated(Source):
+    """A source in which every batch has to be let through."""
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self._gate = 0, threading.Semaphore(0)
+
+    def let(self, count):
+        self._gate.release(count)
+
+    def __next__(self):
+        self.asked += 1
+        assert self._gate.acquire(timeout=60)
+        return super().__next__()
+
+
+def test_closing_waits_for_one_batch_at_most_and_ends_the_thread(monkeypatch):
+    source = Gated()
+    with Ahead(source, mesh.make_mesh(1), depth=100) as ahead:
+        wait_until(lambda: source.asked == 1)
+        end = ahead._thread.shutdown
+        monkeypatch.setattr(ahead._thread, "shutdown", lambda: (source.let(100), end()))
     assert threads() == []
-    read = source.read
-    time.sleep(0.5)
-    assert source.read == read <= 2
+    assert source.asked == source.read == 1  # not a hundred
+
+
+def test_a_batch_is_ready_once_it_is_there():
+    source = Gated()
+    with Ahead(source, mesh.make_mesh(1)) as ahead:
+        wait_until(lambda: source.asked == 1)
+        assert not ahead.ready()
+        source.let(1)
+        wait_until(ahead.ready)
+        next(ahead)
+        assert not ahead.ready()
+        source.let(2)
+
+
+class Coming:
+    """Batches of which each takes `seconds` of a clock, from when the one before was taken."""
+
+    def __init__(self, seconds):
+        self.seconds, self.now, self.there = seconds, 0.0, seconds
+
+    def perf_counter(self):
+        return self.now
+
+    def ready(self):
+        return self.now >= self.there
+
+    def __next__(self):
+        self.now = max(self.now, self.there)
+        self.there = self.now + self.seconds
+        return {"label": jax.numpy.zeros(4)}
 
 
 def open_log(folder):
@@ -111,37 +155,33 @@ def open_log(folder):
     )
 
 
-def test_waiting_is_counted_only_where_the_step_waits(tmp_path, monkeypatch):
-    waited = []
-    monkeypatch.setattr(RunLog, "waited", lambda self, seconds: waited.append(seconds))
-    with (
-        open_log(tmp_path) as log,
-        Ahead(Source(seconds=0.2), mesh.make_mesh(1)) as ahead,
-    ):
-        for _ in range(3):
-            time.sleep(0.6)  # a step that computes for longer than a batch takes to come
-            jax.block_until_ready(next_batch(ahead, log, {}))
-        assert sum(waited) < 0.2
-        waited.clear()
-        for _ in range(6):
-            next_batch(ahead, log, {})
-        assert sum(waited) > 0.5  # two were there, four took 0.2 s each
+@pytest.mark.parametrize(
+    ("step", "waited"),
+    [(0.6, 0.0), (0.4, 0.0), (0.3, 0.1), (0.0, 0.4)],  # a batch takes 0.4 s
+)
+def test_no_device_waits_for_a_batch_while_it_computes(tmp_path, monkeypatch, step, waited):
+    counted = []
+    monkeypatch.setattr(RunLog, "waited", lambda self, seconds: counted.append(seconds))
+    coming = Coming(0.4)
+    monkeypatch.setattr(loop, "time", coming)
+
+    def compute(running):
+        coming.now += step
+
+    monkeypatch.setattr(jax, "block_until_ready", compute)
+    with open_log(tmp_path) as log:
+        for _ in range(4):
+            next_batch(coming, log, {})
+    assert counted == pytest.approx([waited] * 4)
 
 
-def test_no_device_waits_for_a_batch_while_it_computes(tmp_path, monkeypatch):
-    waited = []
-    monkeypatch.setattr(RunLog, "waited", lambda self, seconds: waited.append(seconds))
-    left = []
-    monkeypatch.setattr(jax, "block_until_ready", lambda _: time.sleep(left[-1]))
-    with (
-        open_log(tmp_path) as log,
-        Ahead(Source(seconds=0.4), mesh.make_mesh(1)) as ahead,
-    ):
-        left.append(0.6)  # seconds, longer than a batch takes
-        for _ in range(4):
-            next_batch(ahead, log, {})
-        assert sum(waited) < 0.3
-        left.append(0.2)  # half as long: half of the time is waited for
-        for _ in range(4):
-            next_batch(ahead, log, {})
-        assert 0.4 < sum(waited) < 1.3
+def test_a_batch_that_is_there_is_taken_while_the_step_computes(tmp_path, monkeypatch):
+    counted = []
+    monkeypatch.setattr(RunLog, "waited", lambda self, seconds: counted.append(seconds))
+    coming = Coming(0.4)
+    monkeypatch.setattr(loop, "time", coming)
+    monkeypatch.setattr(jax, "block_until_ready", lambda running: pytest.fail("waited for it"))
+    with open_log(tmp_path) as log:
+        coming.now = 0.4
+        next_batch(coming, log, {})
+    assert counted == [0.0]

@@ -14,7 +14,7 @@ from conftest import ROOT, write_photos
 from test_main import tiny
 
 from ccl_jax.checkpoint import Checkpoints
-from ccl_jax.watch import STALLED
+from ccl_jax.ending import FAILED_TOO, STALLED
 
 pytestmark = pytest.mark.slow
 ABORTED = -signal.SIGABRT  # by JAX, once its first process is gone
@@ -29,8 +29,8 @@ def compiled(tmp_path_factory):
 class Pair:
     """Two processes that train in one folder; `output(n)` is what process n has said so far."""
 
-    def __init__(self, folder, photos, compiled, **settings):
-        self.workdir = folder / "run"
+    def __init__(self, folder, photos, compiled, workdir=None, **settings):
+        self.workdir = workdir or folder / "run"
         settings = {
             "train.steps": 100000,
             "train.log_every": 1,
@@ -70,11 +70,14 @@ class Pair:
     def output(self, number):
         return self.logs[number].read_text()
 
+    def log_lines(self):
+        log = self.workdir / "log/metrics.jsonl"
+        return log.read_text().splitlines() if log.exists() else []
+
     def has_trained(self, lines, seconds=400):
         """Waits until the log has so many lines, whatever another start has left there."""
-        log = self.workdir / "log/metrics.jsonl"
         end = time.monotonic() + seconds
-        while not log.exists() or len(log.read_text().splitlines()) < lines:
+        while len(self.log_lines()) < lines:
             assert all(process.poll() is None for process in self.processes), self.output(
                 0
             ) + self.output(1)
@@ -94,7 +97,7 @@ def test_a_signal_to_one_or_to_all_stops_all_after_the_same_step(photos, tmp_pat
             for number in asked:
                 pair.processes[number].send_signal(signal.SIGTERM)
                 time.sleep(0.1)  # they do not reach all at the same moment
-            codes = [process.wait(timeout=120) for process in pair.processes]
+            codes = [process.wait(timeout=300) for process in pair.processes]
             assert codes == [75, 75], pair.output(0) + pair.output(1)
             (said,) = set(re.findall(r"SIGTERM: saved step (\d+) of", pair.output(0)))
             saved.append(int(said))
@@ -126,9 +129,8 @@ def test_a_killed_process_ends_the_other_one_soon_and_is_named(photos, tmp_path,
     with Pair(tmp_path, photos, compiled) as pair:
         pair.has_trained(6)
         pair.processes[1].kill()
-        start = time.monotonic()
-        assert pair.processes[0].wait(timeout=60) == STALLED, pair.output(0)
-        assert time.monotonic() - start < 45
+        # By itself: far earlier than `run.stall_seconds`, which is 600.
+        assert pair.processes[0].wait(timeout=300) == STALLED, pair.output(0)
         assert re.search(f"lost {pair.named(1)}, which was .*, step", pair.output(0))
     with Checkpoints(pair.workdir / "checkpoints") as checkpoints:
         assert checkpoints.latest is not None and checkpoints.latest >= 5
@@ -138,19 +140,19 @@ def test_without_the_first_process_the_other_one_ends_too(photos, tmp_path, comp
     with Pair(tmp_path, photos, compiled) as pair:
         pair.has_trained(6)
         pair.processes[0].kill()
-        assert pair.processes[1].wait(timeout=60) in (STALLED, ABORTED), pair.output(1)
+        assert pair.processes[1].wait(timeout=300) in (STALLED, ABORTED), pair.output(1)
         by_us = re.search(f"lost {pair.named(0)}", pair.output(1))
         assert by_us or "leader task was preempted/died" in pair.output(1)
 
 
 def test_a_stopped_process_ends_the_other_one_in_time_and_is_named(photos, tmp_path, compiled):
-    limit = 15
+    limit = 60  # other tests on the same cores must not make it stall
     with Pair(tmp_path, photos, compiled, **{"run.stall_seconds": limit}) as pair:
         pair.has_trained(6)
         pair.processes[1].send_signal(signal.SIGSTOP)
         start = time.monotonic()
-        assert pair.processes[0].wait(timeout=90) == STALLED, pair.output(0)
-        assert time.monotonic() - start < limit + 15
+        assert pair.processes[0].wait(timeout=300) == STALLED, pair.output(0)
+        assert limit / 2 < time.monotonic() - start
         assert re.search(f"{pair.named(1)} gives no sign of life", pair.output(0))
         assert re.search(f"waits for {pair.named(1)}.*: stopped or lost", pair.output(0))
 
@@ -160,12 +162,30 @@ def test_an_error_of_one_process_ends_both_and_the_other_one_names_it(tmp_path, 
     with Pair(tmp_path, photos, compiled, **{"data.cache_gib": 0.0, "run.threads": 1}) as pair:
         pair.has_trained(4)
         (photos / "bolt/train/good/000.png").write_bytes(b"")  # one of the two meets it first
-        codes = [process.wait(timeout=120) for process in pair.processes]
+        codes = [process.wait(timeout=300) for process in pair.processes]
         said = [pair.output(number) for number in range(2)]
+        assert codes == [1, FAILED_TOO], said
         assert [bool(re.search("fails: ValueError.*cannot be read", text)) for text in said].count(
             True
         ) == 1, said
         first = 0 if "fails: ValueError" in said[0] else 1
-        assert codes[first] in (1, ABORTED) and codes[1 - first] in (STALLED, ABORTED), codes
-        named = re.search(rf"{pair.named(first)}.*ended with an error", said[1 - first])
-        assert named or codes[1 - first] == ABORTED, said
+        assert re.search(rf"{pair.named(first)}.*ended with an error", said[1 - first]), said
+
+
+def test_a_second_start_is_refused_in_both_processes_and_leaves_the_first_alone(
+    photos, tmp_path, compiled
+):
+    second = tmp_path / "second"
+    second.mkdir()
+    with Pair(tmp_path, photos, compiled) as pair:
+        pair.has_trained(4)
+        with Pair(second, photos, compiled, workdir=pair.workdir) as other:
+            codes = [process.wait(timeout=300) for process in other.processes]
+            said = [other.output(number) for number in range(2)]
+        assert codes == [1, 1], said
+        assert "in use by another run" in said[0], said
+        assert "refused to the first process" in said[1], said
+        for number, process in enumerate(pair.processes):
+            report = json.loads((pair.workdir / f".processes/{number}.json").read_text())
+            assert report["pid"] == process.pid
+        pair.has_trained(len(pair.log_lines()) + 2)

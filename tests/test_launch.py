@@ -150,7 +150,7 @@ def test_others_are_stopped_where_one_process_is_lost(python):
     )
     assert run.returncode == 128 + signal.SIGKILL
     assert run.stdout == "[0] saved\n"
-    assert 1 <= time.monotonic() - begin < 20
+    assert time.monotonic() - begin >= 1  # the program itself would end after 30, with 0
 
 
 def test_process_that_hangs_is_killed_after_another_was_lost(python):

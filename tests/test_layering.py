@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Layer of each module of ccl_jax, or of each of its packages.
 LAYERS = {
     **dict.fromkeys(("collectives", "matching", "augment", "anomaly_map", "figures"), 0),
-    **dict.fromkeys(("throughput", "whereabouts"), 0),
+    **dict.fromkeys(("throughput", "whereabouts", "ending"), 0),
     **dict.fromkeys(("data", "metrics", "models"), 0),  # each may import itself
     **dict.fromkeys(("mesh", "checksums", "retention", "determinism"), 0),
     **dict.fromkeys(("state", "checkpoint", "run_log", "workdir", "report"), 1),

@@ -11,6 +11,7 @@ from conftest import ROOT
 from test_main import tiny
 
 from ccl_jax.main import main
+from tests.reference import equality
 
 
 def log_of(workdir):
@@ -52,3 +53,18 @@ def test_two_processes_train_what_one_trains_and_one_goes_on_where_they_stopped(
     again = [line for line in log_of(tmp_path / "two") if "loss" in line]
     assert [line["step"] for line in again] == [1, 2]
     np.testing.assert_allclose(again[1]["loss"], two[1]["loss"], rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_eight_devices_in_four_processes_compute_what_one_does_in_float64(capfd):
+    assert equality.main(["--grid", "4x2", "--dtypes", "float64"]) == 0, capfd.readouterr().err
+
+
+def test_differences_that_the_dtype_does_not_explain_are_named():
+    rows = {"local, batch; mixed: gradient": 2e-11, "training: gradients": 1e-13}
+    differences = {(1, 1, "float64"): dict.fromkeys(rows, 0.0), (2, 4, "float64"): rows}
+    assert equality.too_large(differences, "float64") == []
+    rows["training: gradients"] = 3e-10
+    assert equality.too_large(differences, "float64") == [
+        "training: gradients, 2 processes, 4 devices: 3.0e-10"
+    ]

@@ -2,15 +2,28 @@
 
 import json
 import math
-import time
 
 import jax
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from ccl_jax.run_log import RunLog
 
 
-def open_log(folder, start=0, *, tensorboard=False, progress=False):
+class Clock:
+    """Seconds since 1970, and since then only what a test lets pass."""
+
+    def __init__(self):
+        self.now = 1e9
+
+    def __call__(self):
+        return self.now
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+def open_log(folder, start=0, *, tensorboard=False, progress=False, **clocks):
     return RunLog(
         folder,
         total_steps=10,
@@ -18,6 +31,7 @@ def open_log(folder, start=0, *, tensorboard=False, progress=False):
         images_per_step=4,
         tensorboard=tensorboard,
         progress=progress,
+        **clocks,
     )
 
 
@@ -124,44 +138,47 @@ def test_speed_is_logged_after_training_steps_only(tmp_path):
     assert "images_per_second" not in evaluation
 
 
-def trained_to(folder, steps, start=0):
+def trained_to(folder, clock, steps, start=0, seconds=0.02):
     """The lines after a start that computes up to the last of `steps`, each in its own line."""
-    with open_log(folder, start=start) as log:
+    with open_log(folder, start=start, clock=clock, wall_clock=clock) as log:
+        clock.passes(2.0)
         log.compiled(2.0, 1e9)
         for step in steps:
-            time.sleep(0.02)
+            clock.passes(seconds)
             log.advance(step)
             log.write(step, {"loss": 1.0})
         return lines_of(folder), log.summary()
 
 
 def test_useful_time_of_steps_that_a_kill_undid_counts_once_and_goodput_goes_on(tmp_path):
-    first, _ = trained_to(tmp_path, [1, 2, 3, 4])
-    seconds = [line["step_seconds"] for line in first]
-    assert seconds == sorted(seconds) and seconds[0] >= 0.02
+    clock = Clock()
+    first, _ = trained_to(tmp_path, clock, [1, 2, 3, 4])
+    assert [line["step_seconds"] for line in first] == pytest.approx([0.02, 0.04, 0.06, 0.08])
     assert [line.get("compile_seconds") for line in first] == [2.0, None, None, None]
-    time.sleep(0.3)  # a standstill between two starts
-    second, summary = trained_to(tmp_path, [3, 4], start=2)
+    assert first[3]["goodput"] == pytest.approx(0.08 / 2.08)
+    clock.passes(0.3)  # a standstill between two starts
+    second, summary = trained_to(tmp_path, clock, [3, 4], start=2, seconds=0.01)
     assert [line["step"] for line in second] == [1, 2, 3, 4]
-    assert second[2]["step_seconds"] > seconds[1] and second[2]["step_seconds"] < seconds[3]
+    assert [line["step_seconds"] for line in second[2:]] == pytest.approx([0.05, 0.06])
     assert summary["step_seconds"] == second[3]["step_seconds"]
-    assert summary["seconds"] > summary["step_seconds"] + 0.3
-    assert 0 < second[3]["goodput"] < first[3]["goodput"] < 1
+    assert summary["seconds"] == pytest.approx(2.08 + 0.3 + 2.02)
+    assert summary["goodput"] == second[3]["goodput"] == pytest.approx(0.06 / 4.4)
     assert json.loads((tmp_path / "goodput.json").read_text())["starts"] == 2
 
 
 def test_a_step_that_takes_ten_times_the_median_is_noted(tmp_path, capsys):
-    with open_log(tmp_path) as log:
+    clock = Clock()
+    with open_log(tmp_path, clock=clock) as log:
         log.compiled(1.0, 1e9)
         for step in range(1, 25):
-            time.sleep(0.01)
+            clock.passes(0.01)
             log.advance(step)
         with log.saving():
-            time.sleep(0.3)
+            clock.passes(0.3)
         log.advance(25)
     (note,) = lines_of(tmp_path)
     assert note["step"] == 25
-    assert note["note"].startswith("step 25 took 0.3")
+    assert note["note"].startswith("step 25 took 0.3 s, 30 times the median of 0.01 s: ")
     assert "0.3 s saving" in note["note"] and "0 s waiting for input" in note["note"]
     assert note["note"] in capsys.readouterr().err
 

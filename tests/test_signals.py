@@ -95,3 +95,18 @@ def test_between_steps_all_processes_hear_of_a_signal_to_any(monkeypatch, own, o
     else:
         with pytest.raises(Stopped, match="SIGTERM: saved"):
             check_together(stop, "saved")
+
+
+def test_a_signal_that_comes_while_the_processes_ask_each_other_counts_the_next_time(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+
+    def sum_during_which_a_signal_comes(received):
+        if stop.signal is None:
+            send("SIGUSR1")
+        return received * 2
+
+    monkeypatch.setattr(loop.mesh, "sum_over_processes", sum_during_which_a_signal_comes)
+    with StopRequest(["SIGUSR1"]) as stop:
+        check_together(stop, "")
+        with pytest.raises(Stopped, match="SIGUSR1: saved"):
+            check_together(stop, "saved")

@@ -11,6 +11,7 @@ import pytest
 from ccl_jax import follow, jobs, main, mesh, notices, setup
 from ccl_jax.datasets import read_split
 from ccl_jax.scoring import Scorer
+from ccl_jax.signals import Stopped
 
 
 def test_a_complete_training_says_so_with_its_time_and_goodput(trained):
@@ -71,6 +72,45 @@ def test_a_signal_during_the_preparation_of_data_ends_it_at_once(
     assert jobs.train_job(tiny_config, tmp_path / "run") == 128 + signal.SIGUSR1
     assert "SIGUSR1: what was saved is safe; run the same command" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
+
+
+def test_of_several_processes_none_ends_for_a_signal_during_the_preparation_alone(
+    tiny_config, tmp_path, monkeypatch
+):
+    done = []
+
+    def asked_to_stop(config):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        done.append("read")
+        return read_split(config)
+
+    def with_all(stop, saved):
+        done.append(stop.signal)
+        raise Stopped(stop.signal, saved)
+
+    monkeypatch.setattr(jobs, "read_split", asked_to_stop)
+    monkeypatch.setattr(jobs, "check_together", with_all)
+    monkeypatch.setattr(mesh, "is_alone", lambda: False)
+    assert jobs.train_job(tiny_config, tmp_path / "run") == 128 + signal.SIGUSR1
+    assert done == ["read", signal.SIGUSR1]
+
+
+def test_a_second_ctrl_c_in_one_of_several_processes_ends_it_without_the_others(
+    tiny_config, tmp_path, monkeypatch
+):
+    def interrupted(config, workdir):
+        raise KeyboardInterrupt
+
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setitem(main.JOBS, "train", interrupted)
+    monkeypatch.setattr(main, "parse", lambda words: (tiny_config, tmp_path, "train"))
+    assert main.main(["main"]) == 130
+    monkeypatch.setattr(mesh, "is_alone", lambda: False)
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit, match="130"):
+        main.main(["main"])
 
 
 def test_steps_that_are_left_take_the_mark_of_a_complete_training_away(

@@ -1,17 +1,24 @@
 """A process that waits for ever ends, and names the one that holds all up."""
 
 import dataclasses
+import io
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from ccl_jax.watch import FAILED, FOLDER, INTERVAL, PATIENT, STALLED, Watch
+from ccl_jax import ending
+from ccl_jax.ending import FAILED_TOO, STALLED, tell
+from ccl_jax.mesh import check_divisible
+from ccl_jax.watch import FAILED, FOLDER, INTERVAL, LATE, PATIENT, Watch
 from ccl_jax.whereabouts import FIRST, Report, report_of
+
+THIS = 7  # start of the run
 
 
 class Clock:
@@ -33,6 +40,7 @@ class Run:
                 index=index,
                 count=count,
                 stall_seconds=limit,
+                run=THIS,
                 end=lambda status, index=index: self.ended.append((index, status)),
                 clock=self.clock,
             )
@@ -41,7 +49,6 @@ class Run:
         self.folder.mkdir(exist_ok=True)
         for watch in self.watches:
             watch._write()
-            watch._since = 0.0
 
     def goes_on(self, seconds, *indices):
         """Time passes; the threads of these processes, or of all, report."""
@@ -183,17 +190,78 @@ def test_an_error_of_one_process_ends_the_others_with_its_name_and_words(run_of,
     report = json.loads((run.folder / FAILED).read_text())
     assert report["index"] == 1 and report["error"] == "ValueError: a.png is cut off"
     run.goes_on(INTERVAL)
-    assert set(run.ended) == {(0, STALLED), (2, STALLED)}
+    assert set(run.ended) == {(0, FAILED_TOO), (2, FAILED_TOO)}
     name = f"process 1 (pid {os.getpid()} on {socket.gethostname()})"
     assert f"{name} ended with an error: ValueError: a.png is cut off" in capsys.readouterr().err
 
 
-def test_an_error_of_an_earlier_start_ends_nobody(run_of, tmp_path):
+def test_what_another_start_of_the_run_has_left_does_not_count(run_of, capsys):
     run = run_of(2)
-    dataclasses.replace(report_of(1, "computing", 1, 1), error="old").write(run.folder / FAILED)
-    run.watches[0]._since = (run.folder / FAILED).stat().st_mtime + 1
+    old = report_of(1, "computing", 1, 1, run=THIS - 1)
+    dataclasses.replace(old, error="old").write(run.folder / FAILED)
+    old.write(run.folder / "1.json")
     run.goes_on(INTERVAL, 0)
     assert run.ended == []
+    run.goes_on(80 * PATIENT["starting"], 0)
+    assert "process 1, which has not begun" in capsys.readouterr().err
+    with pytest.raises(ValueError), run.watches[1]:
+        raise ValueError("new")
+    assert json.loads((run.folder / FAILED).read_text())["run"] == THIS
+
+
+@pytest.mark.parametrize("spoilt", ["", "{", "[1]", '{"index": 0}', None])
+def test_a_file_that_cannot_be_read_is_no_end_of_the_watch(run_of, spoilt):
+    run = run_of(2)
+    for name in ("1.json", FAILED):
+        (run.folder / name).unlink(missing_ok=True)
+        if spoilt is None:
+            (run.folder / name).mkdir()  # IsADirectoryError, an OSError as ESTALE is
+        else:
+            (run.folder / name).write_text(spoilt)
+    run.watches[0].at("computing", 1)
+    run.goes_on(80 + INTERVAL, 0)
+    assert (0, STALLED) in run.ended
+
+
+def test_a_process_ends_too_where_the_first_thread_hangs_at_a_file(run_of, capsys):
+    run = run_of(1)
+    run.watches[0].at("computing", 1)
+    for _ in range(round((80 + LATE * INTERVAL) / INTERVAL)):
+        assert run.ended == []
+        run.clock.now += INTERVAL
+        run.watches[0].tick_without_files()
+    run.clock.now += INTERVAL
+    run.watches[0].tick_without_files()
+    assert run.ended == [(0, STALLED)]
+    assert "this process is computing, step 1" in capsys.readouterr().err
+
+
+class Closed(io.StringIO):
+    def write(self, text):
+        raise BrokenPipeError
+
+
+@pytest.mark.parametrize("stream", [Closed(), None])
+def test_a_process_that_can_tell_nobody_ends_all_the_same(run_of, monkeypatch, stream):
+    run = run_of(1)
+    monkeypatch.setattr(sys, "stderr", stream)
+    run.watches[0].at("computing", 1)
+    run.goes_on(80 + INTERVAL)
+    assert run.ended[0] == (0, STALLED)
+
+
+def test_words_that_nobody_takes_hold_nobody_up(monkeypatch):
+    monkeypatch.setattr(ending, "_PATIENCE", 0.01)
+    taken = threading.Event()
+
+    class Hangs(io.StringIO):
+        def write(self, text):
+            return int(taken.wait(60))
+
+    monkeypatch.setattr(sys, "stderr", Hangs())
+    tell("last words")
+    assert not taken.is_set()
+    taken.set()
 
 
 GLOO = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:26505"
@@ -202,7 +270,7 @@ GLOO = "UNKNOWN: Gloo all-reduce failed: Connection closed by peer [127.0.0.1]:2
 def test_a_failed_collective_names_the_process_of_this_host_that_is_gone(run_of, capsys):
     run = run_of(2)
     process = subprocess.Popen([sys.executable, "-c", ""])
-    report = dataclasses.replace(report_of(1, "computing", 4, 1), pid=process.pid)
+    report = dataclasses.replace(report_of(1, "computing", 4, 1, run=THIS), pid=process.pid)
     report.write(run.folder / "1.json")
     while not report.is_dead_here:
         time.monotonic()  # a zombie, until somebody waits for it
@@ -225,6 +293,33 @@ def test_a_failed_collective_names_the_process_of_another_host_that_is_silent(
         raise ValueError(GLOO)
     assert run.ended == [(1, STALLED)]
     assert "lost process 2" in capsys.readouterr().err
+
+
+def test_a_failed_collective_without_a_culprit_is_worth_another_start(run_of, monkeypatch, capsys):
+    run = run_of(3)
+    monkeypatch.setattr(time, "sleep", lambda _: run.goes_on(INTERVAL))
+    monkeypatch.setattr(Report, "is_dead_here", False)
+    with pytest.raises(ValueError), run.watches[1]:
+        raise ValueError(GLOO)
+    assert run.ended == [(1, STALLED)] and not (run.folder / FAILED).exists()
+    assert "no process is gone: the network has a fault" in capsys.readouterr().err
+
+
+def test_a_failed_collective_after_an_error_of_another_process_is_that_error(run_of, capsys):
+    run = run_of(2)
+    with pytest.raises(ValueError), run.watches[1]:
+        raise ValueError("a.png is cut off")
+    with pytest.raises(ValueError), run.watches[0]:
+        raise ValueError(GLOO)
+    assert run.ended == [(0, FAILED_TOO)]
+    assert "ended with an error: ValueError: a.png is cut off" in capsys.readouterr().err
+
+
+def test_our_own_error_that_speaks_of_a_barrier_is_none_of_a_collective(run_of):
+    run = run_of(2)
+    with pytest.raises(ValueError, match="barrier"), run.watches[1]:
+        check_divisible(3, 2, "barrier")
+    assert json.loads((run.folder / FAILED).read_text())["index"] == 1
 
 
 def test_a_process_that_ends_as_it_should_leaves_no_report(tmp_path):

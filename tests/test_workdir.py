@@ -9,10 +9,10 @@ import time
 import pytest
 from filelock import FileLock
 
-from ccl_jax import follow, settle
+from ccl_jax import follow, mesh, settle
 from ccl_jax.data.layouts import Split
 from ccl_jax.evaluation_log import EvaluationLog
-from ccl_jax.workdir import HOLDER, check_writable, lock_workdir
+from ccl_jax.workdir import HOLDER, check_writable, lock_workdir, only_run
 
 HOLD = """
 import sys, time
@@ -119,3 +119,33 @@ def test_a_follower_of_a_training_that_is_no_more_is_to_be_stopped_first(tmp_pat
     ):
         settle.put_evaluations_aside(tmp_path)
     assert (tmp_path / follow.LOG).exists()
+
+
+def test_every_start_of_a_run_has_another_number(tmp_path):
+    numbers = []
+    for _ in range(2):
+        with only_run(tmp_path) as run:
+            numbers.append(run)
+    assert 0 < numbers[0] < numbers[1]
+
+
+def test_where_the_first_process_is_refused_all_are_and_none_writes(
+    tmp_path, other_run, monkeypatch
+):
+    before = sorted(tmp_path.iterdir())
+    sent = []
+    monkeypatch.setattr(mesh, "from_first", lambda number: sent.append(number) or sent[0])
+    with pytest.raises(ValueError, match="in use by another run"), only_run(tmp_path):
+        pass
+    monkeypatch.setattr(mesh, "is_first", lambda: False)
+    with pytest.raises(ValueError, match="refused to the first process"), only_run(tmp_path):
+        pass
+    assert sent[0] == 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_other_processes_take_the_number_of_the_first_and_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(mesh, "from_first", lambda number: 5)
+    monkeypatch.setattr(mesh, "is_first", lambda: False)
+    with only_run(tmp_path) as run:
+        assert run == 5 and not list(tmp_path.iterdir())

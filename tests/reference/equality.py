@@ -3,7 +3,8 @@
 Starts itself in 1, 2 and 4 processes with 1 to 8 fake CPU devices together, in float32 and float64,
 and prints two Markdown tables: losses and their gradients, and whole training steps. Everything is
 compared with one device in one process; the first column shows what a change of the images by one
-unit in the last place does there. Half an hour on two cores.
+unit in the last place does there. Status 1 where anything differs by more than its bound. Half an
+hour on two cores.
 """
 
 import argparse
@@ -28,6 +29,8 @@ from ccl_jax.train import make_update
 
 ROOT = Path(__file__).parents[2]
 GRID = [(1, 2), (1, 4), (1, 8), (2, 2), (2, 4), (2, 8), (4, 4), (4, 8)]
+BOUNDS = {"float32": 1e-5, "float64": 1e-10}
+CURVE = 1e-6  # of the loss over the steps, in float64
 IMAGES, SIZE, STEPS = 8, 64, 5
 SHAPES = ((8, 8, 16), (4, 4, 32), (2, 2, 64))
 LABELS = {"mixed": [0, 1, 2, 0, 1, 0, 2, 2], "devices of one class": [0, 0, 0, 0, 1, 1, 2, 2]}
@@ -219,6 +222,25 @@ def rows_of(got: dict[str, Any], want: dict[str, Any]) -> dict[str, float]:
     return rows
 
 
+def too_large(differences: dict[tuple[int, int, str], dict[str, float]], dtype: str) -> list[str]:
+    """What differs by more than the dtype explains: names with devices and difference.
+
+    Losses, and a step in float64: BOUNDS. A step in float32, and the steps after it: ten times what
+    one unit in the last place of the images does on one device, because training amplifies both.
+    """
+    ulp = differences[1, 1, dtype]
+    found = []
+    for (processes, devices, kind), rows in differences.items():
+        for name, value in rows.items():
+            exact = dtype == "float64" or not name.startswith("training")
+            bound = BOUNDS[dtype] if exact else max(10 * ulp[name], BOUNDS[dtype])
+            if name.endswith("steps") and dtype == "float64":
+                bound = CURVE
+            if kind == dtype and devices > 1 and value > bound:
+                found.append(f"{name}, {processes} processes, {devices} devices: {value:.1e}")
+    return found
+
+
 def table(differences: dict[tuple[int, int, str], dict[str, float]], dtype: str) -> str:
     """A Markdown table: what by processes x devices."""
     columns = [(p, d) for p, d, kind in differences if kind == dtype]
@@ -243,6 +265,7 @@ def main(words: list[str]) -> int:
         return 0
     grid = [tuple(map(int, cell.split("x"))) for cell in given.grid.split(",") if cell]
     grid = [(processes, processes * each) for processes, each in grid] or GRID
+    wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         for dtype in given.dtypes.split(","):
             want = start(1, 1, dtype, Path(folder))
@@ -251,7 +274,9 @@ def main(words: list[str]) -> int:
             for p, d in grid:
                 differences[p, d, dtype] = rows_of(start(p, d, dtype, Path(folder)), want)
             print(table(differences, dtype), "\n", flush=True)
-    return 0
+            wrong += too_large(differences, dtype)
+    print("\n".join(wrong), file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

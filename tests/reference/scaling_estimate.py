@@ -1,19 +1,18 @@
 """A paper estimate of a step on up to 256 chips: python -m tests.reference.scaling_estimate
 
-Compute time from the FLOPs of the compiled step (a minute's compilation; --gflop skips it) against
-the time of what the devices send each other, by the formulas in docs/scaling.md, for the published
-recipe with 16 images on each device, in bfloat16. Nothing of it is measured.
+Compute time from the FLOPs of the step's convolutions and products against the time of what the
+devices send each other, by the formulas in docs/scaling.md, for the published recipe with 16 images
+on each device, in bfloat16. Nothing of it is measured.
 """
 
-import argparse
 import dataclasses
-import sys
 
 import jax
 
 from ccl_jax import mesh
 from ccl_jax.scoring import architecture_of
-from tests.reference.traffic import compiled_step, config_of
+from ccl_jax.throughput import count_flops
+from tests.reference.traffic import config_of, traced_step
 
 IMAGES = 16  # on each device
 REACH = 15  # images, config.loss.local.reach
@@ -65,22 +64,20 @@ def received(step: Step, devices: int, negatives: str) -> dict[str, float]:
     }
 
 
-def published_step(gflop: float) -> Step:
-    """The step of the published recipe; `gflop` 0 compiles it to count its FLOPs."""
+def published_step() -> Step:
+    """The step of the published recipe."""
     config = config_of(1, "batch", [])
     _, params, _ = architecture_of(config.to_dict()).abstract()
     size = config.data.image_size
     maps = sum((size // stride) ** 2 * 64 * stride for stride in (4, 8, 16))  # 256 to 1024 channels
-    if not gflop:
-        analysis = compiled_step(config, mesh.make_mesh(1)).cost_analysis()
-        gflop = analysis["flops"] / 1e9
+    flops = count_flops(traced_step(config, mesh.make_mesh(1)).jaxpr)
     # As compiled: each view's gradients of projector and neck are summed over the devices before
     # they are added.
     times = {"encoder": 0, "projector": 2, "neck": 2, "decoder": 1}
     number = sum(
         times[name] * leaf.size for name, tree in params.items() for leaf in jax.tree.leaves(tree)
     )
-    return Step(gflop * 1e9, maps, 2048, number)
+    return Step(flops, maps, 2048, number)
 
 
 def table(step: Step) -> str:
@@ -110,13 +107,5 @@ def table(step: Step) -> str:
     return "\n".join(lines)
 
 
-def main(words: list[str]) -> int:
-    """Prints the estimate; returns the exit status."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--gflop", type=float, default=0.0, help="of a step, instead of compiling")
-    print(table(published_step(parser.parse_args(words).gflop)))
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    print(table(published_step()))

@@ -88,6 +88,11 @@ def group_size(line: str, devices: int) -> int:
 
 def compiled_step(config: configs.ConfigDict, where: jax.sharding.Mesh) -> jax.stages.Compiled:
     """The training step of a config, compiled for a mesh from shapes alone."""
+    return traced_step(config, where).lower().compile()
+
+
+def traced_step(config: configs.ConfigDict, where: jax.sharding.Mesh) -> jax.stages.Traced:
+    """The training step of a config on a mesh, as operations on shapes."""
     architecture = architecture_of(config.to_dict())
     graphdef, params, stats = architecture.abstract(norm_images=config.model.norm_images)
     optimizer = settings.optimizer_of(config, 1000)
@@ -121,7 +126,7 @@ def compiled_step(config: configs.ConfigDict, where: jax.sharding.Mesh) -> jax.s
     position = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(placed, whole))
     arguments = at(state, placed), at(frozen, jax.tree.map(lambda _: whole, frozen)), batch
-    return jitted.lower(*arguments, position).compile()
+    return jitted.trace(*arguments, position)
 
 
 def received_by_kind(found: list[Collective]) -> dict[str, float]:
