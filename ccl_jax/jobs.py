@@ -25,7 +25,7 @@ from ccl_jax.pretraining.run import WEIGHTS, Look, check_recipe, pretrain
 from ccl_jax.provenance import provenance
 from ccl_jax.scoring import Scorer, Scorers, architecture_of, map_settings_of
 from ccl_jax.signals import Stopped, StopRequest
-from ccl_jax.state import TrainState, join
+from ccl_jax.state import TrainState
 from ccl_jax.train import train
 from ccl_jax.workdir import check_writable, lock_workdir, only_run
 
@@ -63,8 +63,7 @@ def train_in(
         setup.watch(config, workdir, run) as watch,
         setup.checkpoints_of(config, workdir) as checkpoints,
     ):
-        fresh = checkpoints.latest is None
-        mesh.barrier("all have looked")  # before the first process writes
+        fresh = checkpoints.latest is None  # asked in all before the first process writes
         config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
         if mesh.is_first():
             settle.settle_workdir(config, workdir, split, fresh=fresh)
@@ -75,9 +74,7 @@ def train_in(
         cache = setup.decoded_cache(config, split)
 
         def evaluation(number: int, state: TrainState) -> dict[str, float]:
-            variables = join(training.frozen, state.params, state.batch_stats)
-            maps = map_settings_of(config.to_dict())
-            scorer = Scorer(training.graphdef, *variables, maps, where, number, training.encoder)
+            scorer = training.scorer(number, state, map_settings_of(config.to_dict()), where)
             seconds = time.perf_counter() - start
             again = cache if config.eval.every_steps else None  # kept images pay when reread
             saved = f"saved step {number} of {total}, whose evaluation is missing"
@@ -111,8 +108,8 @@ def train_in(
             with watch.during("saving", total):
                 checkpoints.wait()
             mesh.barrier("the training has ended")
-            if int(state.step) < total:
-                stop.check(f"saved step {int(state.step)} of {total}")
+            if (last := int(state.step)) < total:
+                stop.check(f"saved step {last} of {total}")
             notices.mark_complete(workdir, total, log)
             log.finish()
             log.write(total, evaluation(total, state))
@@ -126,9 +123,16 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
     setup.devices_of(config, "eval.batch_size", shards=1)
     settle.check_same_model(config, workdir)
     check_writable(workdir, "--workdir")
-    split = read_split(config)
-    scorer = scorer_of(workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices)
-    evaluate_and_print(config, workdir, scorer, split, time.perf_counter() - start)
+    run = mesh.from_first(time.time_ns())
+    with setup.watch(config, workdir / "evaluation", run) as watch:
+        split = read_split(config)
+        scorer = scorer_of(
+            workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices
+        )
+        with watch.during("evaluating", scorer.step):
+            over = watch.over(lambda: None)
+            seconds = time.perf_counter() - start
+            evaluate_and_print(config, workdir, scorer, split, seconds, over=over)
     return 0
 
 
@@ -138,6 +142,8 @@ def follow_job(config: ConfigDict, workdir: Path) -> int:
     setup.devices_of(config, "eval.batch_size", shards=1)
     check_writable(workdir, "--workdir")
     maps = map_settings_of(config.to_dict())
+    run = mesh.from_first(time.time_ns())
+    watch = setup.watch(config, workdir / follow.LOG, run)  # the training has files of its own
 
     def opened() -> follow.Evaluator:  # the training has prepared its data by then
         settle.check_same_model(config, workdir)
@@ -150,21 +156,26 @@ def follow_job(config: ConfigDict, workdir: Path) -> int:
 
         def evaluated(scorer: Scorer) -> None:
             seconds = time.perf_counter() - start
-            over = functools.partial(follow.until_stopped, stop=stop)
+            left = f"stopped while it evaluated step {scorer.step}, which has no results yet"
+            over = watch.over(functools.partial(check_together, stop, left))
             evaluate_and_print(config, workdir, scorer, split, seconds, cache, over)
 
         return follow.Evaluator(scorers.at, evaluated)
 
-    with StopRequest(config.run.stop_signals) as stop:
-        return follow.follow(
-            workdir,
-            opened,
-            conventions=dataclasses.asdict(conventions_of(config)) | dataclasses.asdict(maps),
-            poll_seconds=config.eval.poll_seconds,
-            patience=config.eval.follow_patience,
-            stop=stop,
-            tensorboard=config.run.tensorboard,
-        )
+    try:
+        with StopRequest(config.run.stop_signals) as stop:
+            return follow.follow(
+                workdir,
+                opened,
+                conventions=dataclasses.asdict(conventions_of(config)) | dataclasses.asdict(maps),
+                poll_seconds=config.eval.poll_seconds,
+                patience=config.eval.follow_patience,
+                stop=stop,
+                watch=watch,
+                tensorboard=config.run.tensorboard,
+            )
+    except Stopped as stopped:
+        return notices.unfinished(config, stopped)
 
 
 def predict_job(config: ConfigDict, workdir: Path) -> int:

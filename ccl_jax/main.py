@@ -36,7 +36,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from ccl_jax import config as configs
-from ccl_jax import data_jobs, exchange, follow, jobs, mesh
+from ccl_jax import data_jobs, exchange, follow, jobs, mesh, notices
 from ccl_jax.signals import StopRequest
 from ccl_jax.validation import validate
 
@@ -98,8 +98,10 @@ def await_training(words: Sequence[str]) -> int:
     if not follows or workdir is None or without_config(words)[0] is not None:
         return 0
     patience = float(argument(words, "config.eval.follow_patience") or 0.0)
+    code = int(argument(words, "config.run.unfinished_exit_code") or 0)
     with StopRequest() as stop:
-        return follow.wait_for_file(Path(workdir) / "config.json", patience=patience, stop=stop)
+        status = follow.wait_for_file(Path(workdir) / "config.json", patience=patience, stop=stop)
+        return status if stop.signal is None else notices.status_after(stop.signal, code)
 
 
 def parse(words: Sequence[str]) -> tuple[configs.ConfigDict, Path, str]:

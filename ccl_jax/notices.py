@@ -57,4 +57,9 @@ def unfinished(config: ConfigDict, stopped: Stopped) -> int:
     """Says how to go on, and returns the exit status of a run that was asked to stop."""
     command = shlex.join(sys.orig_argv)
     mesh.say(f"{stopped}; run the same command to go on: {command}")
-    return config.run.unfinished_exit_code or 128 + stopped.signal
+    return status_after(stopped.signal, config.run.unfinished_exit_code)
+
+
+def status_after(signal: int, unfinished_exit_code: int) -> int:
+    """The exit status of a run that the signal ended: the setting, or for 0 what a shell says."""
+    return unfinished_exit_code or 128 + signal

@@ -7,17 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from ccl_jax import config as configs
-from ccl_jax import mesh
+from ccl_jax import follow, mesh
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, remote
+from ccl_jax.workdir import is_held
 
 
 def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, fresh: bool) -> None:
     """Writes config.json and data.json, or compares with what is there; the first process does.
 
-    A `fresh` workdir, one without a checkpoint, takes any settings: nothing would be lost.
-    Raises ValueError where settings or training images differ in what is computed; says what else
-    differs.
+    A `fresh` workdir, one without a checkpoint, takes any settings: nothing would be lost. The
+    evaluations of a training before are put aside. Raises ValueError where settings or training
+    images differ in what is computed, or where a follower of a training before is still at work;
+    says what else differs.
     """
     config = with_absolute_roots(config)
     data = {
@@ -28,6 +30,7 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
     if fresh:
         for old in [workdir / "published.json", *workdir.glob("skipped*.json")]:
             old.unlink(missing_ok=True)  # of a start that did not come far
+        put_evaluations_aside(workdir)
     else:
         compare_settings(configs.read_json(workdir / "config.json"), config, workdir)
         # A workdir that was imported has seen no data yet.
@@ -35,6 +38,33 @@ def settle_workdir(config: ConfigDict, workdir: Path, split: layouts.Split, *, f
             compare_data(json.loads((workdir / "data.json").read_text()), data, workdir)
     write_atomically(workdir / "config.json", configs.to_json(config))
     write_atomically(workdir / "data.json", json.dumps(data, indent=2) + "\n")
+
+
+def put_evaluations_aside(workdir: Path) -> None:
+    """Moves the evaluations of other weights away, so that no step of this training has them.
+
+    evaluation/ to evaluation-old/, or -old-2 and so on, and log-evaluation/ likewise. Those that
+    hold no results stay: a follower may wait there for this training. Raises ValueError where one
+    has already evaluated a training that is no more.
+    """
+    if not any(workdir.glob("evaluation/*/results.json")) and not (
+        (log := workdir / follow.LOG / "metrics.jsonl").exists() and log.stat().st_size
+    ):
+        return
+    if is_held(workdir / follow.LOG / follow.LOCK):
+        raise ValueError(
+            f"{workdir} has no checkpoints, but evaluations of a training before, which an "
+            f"evaluator still follows. Stop it first (--config.eval.follow=true), then start this "
+            f"and it again; or train in another folder, e.g. --workdir={workdir}-2."
+        )
+    for folder in (workdir / "evaluation", workdir / follow.LOG):
+        if folder.exists():
+            there = folder.with_name(f"{folder.name}-old")
+            number = 1
+            while there.exists():
+                number += 1
+                there = folder.with_name(f"{folder.name}-old-{number}")
+            mesh.say(f"{folder} is of a training before, and was moved to {folder.rename(there)}")
 
 
 def with_absolute_roots(config: ConfigDict) -> ConfigDict:

@@ -87,9 +87,14 @@ def only_run(workdir: Path) -> Iterator[int]:
 
 def is_locked(workdir: Path) -> bool:
     """Whether a run is in `workdir` now; finds out by taking its lock for a moment."""
-    if not (workdir / LOCK).exists():
+    return is_held(workdir / LOCK)
+
+
+def is_held(path: Path) -> bool:
+    """Whether a process holds this lock file now; finds out by taking it for a moment."""
+    if not path.exists():
         return False
-    lock = filelock.FileLock(workdir / LOCK, blocking=False)
+    lock = filelock.FileLock(path, blocking=False)
     try:
         lock.acquire()
     except filelock.Timeout:

@@ -13,7 +13,7 @@ import optax
 import pytest
 from flax import struct
 
-from ccl_jax import checksums
+from ccl_jax import checksums, mesh
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.mesh import make_mesh, replicated
 
@@ -387,3 +387,28 @@ def test_failing_disk_is_reported_and_earlier_checkpoints_survive(tmp_path, monk
             checkpoints.save(2, make_state(2))
     with Checkpoints(folder) as reader:
         assert_same(reader.restore(-1, abstract(make_state())), make_state(1))
+
+
+def test_a_checkpoint_that_another_process_cannot_read_is_entered_by_none(tmp_path, monkeypatch):
+    state = make_state()
+    with Checkpoints(tmp_path / "checkpoints", keep=1) as checkpoints:
+        checkpoints.save(1, state)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        reads, read, added = [], checkpoints._read, mesh.sum_over_processes
+
+        def noted(step, load):
+            reads.append(step)
+            return read(step, load)
+
+        monkeypatch.setattr(checkpoints, "_read", noted)
+        monkeypatch.setattr(  # another process fails where this one has read the description
+            mesh, "sum_over_processes", lambda totals: added(totals) + (len(reads) == 1)
+        )
+        for restore in (
+            lambda: checkpoints.restore(1, abstract(state)),
+            lambda: checkpoints.restore_parts(1, {"step": abstract(state).step}),
+        ):
+            reads.clear()
+            with pytest.raises(ValueError, match=r"damaged or incomplete .*in 1 of the other"):
+                restore()
+            assert reads == [1], "the arrays were to be read without it"

@@ -13,10 +13,12 @@ from conftest import make_tiny_config
 from ccl_jax import follow as following
 from ccl_jax import jobs, main, mesh, report, scoring
 from ccl_jax.checkpoint import Checkpoints
+from ccl_jax.loop import check_together
 from ccl_jax.metrics.counts import UnusableScoresError
 from ccl_jax.metrics.scores import METRICS
 from ccl_jax.scoring import MapSettings, Scorer
-from ccl_jax.signals import StopRequest
+from ccl_jax.signals import Stopped, StopRequest
+from ccl_jax.watch import Watch
 from ccl_jax.workdir import lock_workdir
 
 CONVENTIONS = {"aupro_fpr_limit": 0.3, "published_metrics": ()}
@@ -78,16 +80,21 @@ def follow(trainer, monkeypatch, *script, patience=0.0, evaluate=None):
         (evaluate or (lambda scorer: trainer.evaluate(scorer.step)))(scorer)
 
     monkeypatch.setattr(following, "nap", nap)
-    with StopRequest() as stop:
-        status = following.follow(
-            trainer.workdir,
-            lambda: following.Evaluator(load, run),
-            conventions=CONVENTIONS,
-            poll_seconds=1.0,
-            patience=patience,
-            stop=stop,
-            tensorboard=False,
-        )
+    try:
+        with StopRequest() as stop:
+            status = following.follow(
+                trainer.workdir,
+                lambda: following.Evaluator(load, run),
+                conventions=CONVENTIONS,
+                poll_seconds=1.0,
+                patience=patience,
+                stop=stop,
+                watch=Watch(trainer.workdir / following.LOG, index=0, count=1, stall_seconds=0.0),
+                tensorboard=False,
+            )
+    except Stopped as stopped:
+        print(stopped)
+        status = 128 + stopped.signal
     assert events == [], "it ended before the script did"
     return status, evaluated
 
@@ -245,10 +252,10 @@ def test_a_signal_ends_an_evaluation_between_two_batches(trainer, monkeypatch, c
 
     def evaluate(scorer):
         with StopRequest() as stop:
-            for batch in following.until_stopped(range(3), stop):
-                assert batch == 0
+            watch = Watch(trainer.workdir, index=0, count=1, stall_seconds=0.0)
+            for batch in watch.over(lambda: check_together(stop, "stopped"))([{}, {"no": 0}]):
+                assert batch == {}
                 os.kill(os.getpid(), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)  # the handler of the follower itself
 
     assert follow(trainer, monkeypatch, evaluate=evaluate) == (128 + signal.SIGINT, [1])
     assert not (trainer.workdir / "evaluation").exists()
@@ -308,9 +315,25 @@ def test_the_config_of_a_training_is_waited_for(tmp_path, monkeypatch, capsys):
         following, "nap", lambda seconds, stop: os.kill(os.getpid(), signal.SIGTERM)
     )
     assert main.await_training(words) == 143
+    assert main.await_training([*words, "--config.run.unfinished_exit_code=75"]) == 75
     monkeypatch.setattr(following, "nap", lambda seconds, stop: None)
     assert main.main([*words, "--config.eval.follow_patience=1e-9"]) == 1
     assert "gave up" in capsys.readouterr().out
+
+
+def test_a_follower_that_was_asked_to_stop_ends_as_the_config_says(
+    photos, tmp_path, monkeypatch, capsys
+):
+    config = make_tiny_config(photos)
+    config.eval.follow = True
+    config.run.unfinished_exit_code = 75
+    config.run.parameter_shards = 3  # of the training, which may have had other devices
+    monkeypatch.setattr(following, "nap", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+    assert jobs.evaluate_job(config, tmp_path) == 75
+    assert "SIGTERM: stopped; what was evaluated stays; run the same" in capsys.readouterr().out
+    assert not list((tmp_path / following.LOG / ".processes").iterdir())
+    config.run.unfinished_exit_code = 0
+    assert jobs.evaluate_job(config, tmp_path) == 128 + signal.SIGTERM
 
 
 def test_a_trained_workdir_is_followed_to_its_end(trained, photos, tmp_path):
@@ -333,3 +356,87 @@ def test_a_trained_workdir_is_followed_to_its_end(trained, photos, tmp_path):
     lines = (workdir / following.LOG / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [4, 2]
     assert list(Path(workdir, following.LOG).glob("events*"))
+
+
+def test_a_skipped_step_that_the_training_saves_again_is_evaluated(trainer, monkeypatch, capsys):
+    trainer.save(1, 2, 3)
+    trainer.damage(3)
+    shutil.rmtree(trainer.workdir / "checkpoints/2")
+
+    def save_again():
+        shutil.rmtree(trainer.workdir / "checkpoints/3")
+        trainer.save(3)
+
+    def complete():
+        trainer.save(4)
+        trainer.complete(4)
+
+    assert follow(trainer, monkeypatch, nothing, nothing, save_again, complete) == (0, [1, 3, 4])
+    assert capsys.readouterr().out.count("step 3 is skipped") == 1
+
+
+def test_a_step_that_was_deleted_unread_and_comes_back_is_evaluated(trainer, monkeypatch, capsys):
+    trainer.save(1, 2)
+
+    def evaluate(scorer):
+        trainer.evaluate(scorer.step)
+        if scorer.step == 2:
+            shutil.rmtree(trainer.workdir / "checkpoints/1")
+
+    def again():
+        trainer.save(3)
+        shutil.copytree(trainer.workdir / "checkpoints/3", trainer.workdir / "checkpoints/1")
+        trainer.complete(3)
+
+    assert follow(trainer, monkeypatch, again, evaluate=evaluate) == (0, [2, 3, 1])
+    assert "step 1 is skipped: its checkpoint was deleted" in capsys.readouterr().out
+
+
+def test_only_checkpoints_with_their_final_names_are_found(trainer):
+    folder = trainer.workdir / "checkpoints"
+    assert following.committed_steps(folder) == {}
+    trainer.save(1, 20)
+    (folder / "3.orbax-checkpoint-tmp").mkdir()
+    (folder / "4").write_text("no folder")
+    assert sorted(following.committed_steps(folder)) == [1, 20]
+
+
+def test_a_signal_to_another_process_stops_the_first(trainer, monkeypatch):
+    def received_elsewhere(stop, saved):
+        raise Stopped(signal.SIGUSR1, saved)
+
+    trainer.save(1)
+    monkeypatch.setattr(following, "check_together", received_elsewhere)
+    assert follow(trainer, monkeypatch) == (128 + signal.SIGUSR1, [])
+
+
+def test_processes_that_see_no_disk_follow_the_first(trainer, monkeypatch):
+    told = [1, True, True, following._END]  # the step, that there is one, no pause, the end
+    monkeypatch.setattr(mesh, "is_first", lambda: False)
+    monkeypatch.setattr(mesh, "from_first", lambda number: told.pop(0))
+    opened = []
+
+    def load(step):
+        opened.append(step)
+        return Scorer(
+            None, {}, {}, MapSettings(64, 4.0, "add", "cosine", 1), mesh.make_mesh(1), step, {}
+        )
+
+    watch = Watch(trainer.workdir, index=0, count=1, stall_seconds=0.0)
+    with StopRequest() as stop:
+        follower = following._Follower(trainer.workdir, CONVENTIONS, 0.0, stop, watch, None)
+        status = follower.run(
+            lambda: following.Evaluator(load, lambda scorer: opened.append("evaluated")), 1.0
+        )
+    assert (status, opened, told) == (0, [1, "evaluated"], [])
+
+
+def test_a_pause_is_progress(trainer, monkeypatch):
+    watch = Watch(trainer.workdir, index=0, count=1, stall_seconds=8.0)
+    naps = []
+    monkeypatch.setattr(
+        following, "nap", lambda seconds, stop: naps.append((seconds, watch._moves))
+    )
+    with StopRequest() as stop:
+        following._Follower(trainer.workdir, CONVENTIONS, 0.0, stop, watch, None)._pause(2.5)
+    assert naps == [(1.0, 1), (1.0, 2), (0.5, 3)]

@@ -1,5 +1,6 @@
 """A training and its follower as two processes, each of them killed and started again."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -13,39 +14,49 @@ import pytest
 from conftest import ROOT
 from test_main import tiny
 
-from ccl_jax.follow import COMPLETE, LOG
+from ccl_jax.follow import COMPLETE, LOG, committed_steps
 
-STEPS = 60
 FOLLOW = ("--job=evaluate", "--config.eval.follow=true", "--config.eval.poll_seconds=0.5")
 
 
 class Pair:
-    """Starts either of them, and waits for what the follower writes."""
+    """Starts either of them, and waits for what the follower logs."""
 
     def __init__(self, photos, folder):
         self.workdir = folder / "run"
-        changes = {"train.steps": STEPS, "train.checkpoint_every": 2, "eval.every_steps": 0}
+        # More steps than it gets to: no training ends by itself, nor evaluates at its end.
+        changes = {"train.steps": 1_000_000, "train.checkpoint_every": 2, "eval.every_steps": 0}
         self._train = tiny(photos, self.workdir, **changes)
         self._follow = ["main", f"--workdir={self.workdir}", *FOLLOW]
         self._environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "cache")}
         self._outputs = folder
+        self._started = []
 
     def start(self, what):
         words = {"train": self._train, "follow": self._follow}[what]
         with (self._outputs / f"{what}.txt").open("a") as output:
-            return subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "ccl_jax.main", *words[1:]],
                 cwd=ROOT,
                 env=self._environment,
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
+        self._started.append(process)
+        return process
+
+    def close(self):
+        for process in self._started:
+            process.kill()  # nothing where it has ended
 
     def said(self, what):
         return (self._outputs / f"{what}.txt").read_text()
 
-    def evaluated(self):
-        return sorted(int(p.parent.name) for p in self.workdir.glob("evaluation/*/results.json"))
+    def logged(self):
+        """The steps in the log of the follower, in its order; a cut-off line is none."""
+        path = self.workdir / LOG / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        return [json.loads(line)["step"] for line in lines if line.endswith("}")]
 
     def wait_for(self, condition, process, seconds=240):
         until = time.monotonic() + seconds
@@ -55,39 +66,46 @@ class Pair:
             time.sleep(0.1)
 
 
+@pytest.fixture
+def pair(photos, tmp_path):
+    with contextlib.closing(Pair(photos, tmp_path)) as pair:
+        yield pair
+
+
 @pytest.mark.slow
-def test_killed_trainings_and_killed_followers_go_on_to_the_end(photos, tmp_path):
-    pair = Pair(photos, tmp_path)
+def test_killed_trainings_and_killed_followers_go_on_to_the_end(pair):
     follower = pair.start("follow")
     pair.wait_for(lambda: "waiting for" in pair.said("follow"), follower)
     assert not pair.workdir.exists(), "a follower that only waits leaves nothing"
     trainer = pair.start("train")
-    pair.wait_for(pair.evaluated, follower)
+    pair.wait_for(pair.logged, follower)
+    assert trainer.poll() is None, "it was to be killed in the middle"
     trainer.kill()
-    assert trainer.wait() == -signal.SIGKILL, "it was to be killed in the middle"
+    trainer.wait()
 
     trainer = pair.start("train")
     pair.wait_for(lambda: "continuing at step" in pair.said("train"), trainer)
     follower.kill()
     assert follower.wait() == -signal.SIGKILL
-    before = pair.evaluated()
+    before = pair.logged()
     follower = pair.start("follow")
-    pair.wait_for(lambda: len(pair.evaluated()) > len(before), follower)
+    pair.wait_for(lambda: len(pair.logged()) > len(before), follower)
+    assert pair.logged()[: len(before)] == before
 
     follower.terminate()
     assert follower.wait(timeout=120) == 128 + signal.SIGTERM
+    trainer.terminate()
+    assert trainer.wait(timeout=120) == 128 + signal.SIGTERM, pair.said("train")
+    last = max(committed_steps(pair.workdir / "checkpoints"))
+    (pair.workdir / COMPLETE).write_text(json.dumps({"step": last}))
     follower = pair.start("follow")
-    assert trainer.wait(timeout=300) == 0, pair.said("train")
-    if not (pair.workdir / COMPLETE).exists():
-        (pair.workdir / COMPLETE).write_text(json.dumps({"step": STEPS}))
     assert follower.wait(timeout=240) == 0, pair.said("follow")
 
-    assert f"its last step {STEPS} is evaluated" in pair.said("follow")
+    assert f"its last step {last} is evaluated" in pair.said("follow")
     assert "damaged" not in pair.said("follow"), "a deletion was taken for damage"
-    lines = (pair.workdir / LOG / "metrics.jsonl").read_text().splitlines()
-    assert sorted(json.loads(line)["step"] for line in lines) == pair.evaluated()
-    assert pair.evaluated()[-1] == STEPS and len(pair.evaluated()) > len(before)
-    for step in pair.evaluated():
+    logged = pair.logged()
+    assert len(logged) == len({*logged}) and max(logged) == last
+    for step in logged:
         folder = pair.workdir / f"evaluation/{step}"
         assert json.loads((folder / "results.json").read_text())["step"] == step
         assert (folder / "report.html").exists()

@@ -7,8 +7,11 @@ import sys
 import time
 
 import pytest
+from filelock import FileLock
 
-from ccl_jax import mesh
+from ccl_jax import follow, mesh, settle
+from ccl_jax.data.layouts import Split
+from ccl_jax.evaluation_log import EvaluationLog
 from ccl_jax.workdir import HOLDER, check_writable, lock_workdir, only_run
 
 HOLD = """
@@ -110,3 +113,39 @@ def test_the_other_processes_take_the_number_of_the_first_and_no_lock(tmp_path, 
     monkeypatch.setattr(mesh, "is_first", lambda: False)
     with only_run(tmp_path) as run:
         assert run == 5 and not list(tmp_path.iterdir())
+
+
+def evaluated(workdir, step):
+    folder = workdir / f"evaluation/{step}"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text("{}")
+
+
+def test_a_fresh_training_puts_the_evaluations_of_the_one_before_aside(
+    tiny_config, tmp_path, capsys
+):
+    def settle_workdir(fresh):
+        settle.settle_workdir(tiny_config, tmp_path, Split([], [], []), fresh=fresh)
+        return sorted(path.name for path in tmp_path.iterdir() if path.is_dir())
+
+    with EvaluationLog(tmp_path / follow.LOG, tensorboard=False):
+        assert settle_workdir(fresh=True) == [follow.LOG], "a follower waits there"
+        evaluated(tmp_path, 2)
+    assert settle_workdir(fresh=False) == ["evaluation", follow.LOG]
+    assert settle_workdir(fresh=True) == ["evaluation-old", "log-evaluation-old"]
+    assert f"moved to {tmp_path / 'evaluation-old'}" in capsys.readouterr().out
+    evaluated(tmp_path, 3)
+    settle_workdir(fresh=True)
+    assert (tmp_path / "evaluation-old-2/3/results.json").exists()
+    assert (tmp_path / "evaluation-old/2/results.json").exists()
+
+
+def test_a_follower_of_a_training_that_is_no_more_is_to_be_stopped_first(tmp_path):
+    with EvaluationLog(tmp_path / follow.LOG, tensorboard=False) as log:
+        log.write(2, {"image_auroc": 0.5})
+    with (
+        FileLock(tmp_path / follow.LOG / follow.LOCK),
+        pytest.raises(ValueError, match=r"evaluator still follows\. Stop it first"),
+    ):
+        settle.put_evaluations_aside(tmp_path)
+    assert (tmp_path / follow.LOG).exists()
