@@ -8,7 +8,7 @@ same order: the arrays are global, and each process writes and reads its part.
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -27,29 +27,6 @@ STATE = "state"  # folder within a step
 # Seconds for one checkpoint to be written. Where the disk refuses one process of several, that one
 # says so at once, and all of them end after this time: until then they wait for each other.
 TIMEOUT = 300
-
-
-class _Keep:
-    """What orbax asks which checkpoints to leave when a new one is being written."""
-
-    def __init__(self, evaluation: Path, newest: int, every: int, metric: str) -> None:
-        self._evaluation = evaluation
-        self._newest = newest
-        self._every = every
-        self._metric = metric
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Whether to keep each of these, ascending by step; the same in every process."""
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        best = None
-        if self._metric:  # evaluations may appear while this is asked: one process looks
-            found = None
-            if mesh.is_first():
-                found = retention.best_step(self._evaluation, self._metric, steps)
-            agreed = mesh.from_first(-1 if found is None else found)
-            best = None if agreed == -1 else agreed
-        kept = retention.kept_steps(steps, newest=self._newest, every=self._every, best=best)
-        return [step in kept for step in steps]
 
 
 class Checkpoints:
@@ -73,14 +50,20 @@ class Checkpoints:
                 f"that has saved a checkpoint (--workdir), or train first (--job train)."
             )
         self._writing = -1  # the step, for the thread that ends its write
-        evaluation = self.folder.parent / "evaluation"
+        kept = retention.Keep(
+            self.folder.parent / "evaluation",
+            newest=keep,
+            every=keep_every,
+            metric=keep_best,
+            agreed=lambda choose: mesh.from_first(choose() if mesh.is_first() else -1),
+        )
         context = ocp.Context()
         context.async_options.timeout_secs = TIMEOUT
         # A function, because orbax copies its options, and a method's object with them.
         context.async_options.post_finalization_callback = lambda: self._add_checksums()
         self._checkpointer = ocp.training.Checkpointer(
             self.folder,
-            preservation_policy=_Keep(evaluation, keep, keep_every, keep_best) if keep else None,
+            preservation_policy=kept if keep else None,
             cleanup_tmp_directories=keep > 0,
             context=context,
         )

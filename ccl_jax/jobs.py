@@ -25,7 +25,7 @@ from ccl_jax.pretraining.run import WEIGHTS, Look, check_recipe, pretrain
 from ccl_jax.provenance import provenance
 from ccl_jax.scoring import Scorer, Scorers, architecture_of, map_settings_of
 from ccl_jax.signals import Stopped, StopRequest
-from ccl_jax.state import TrainState, join
+from ccl_jax.state import TrainState
 from ccl_jax.train import train
 from ccl_jax.workdir import check_writable, lock_workdir, only_run
 
@@ -63,8 +63,7 @@ def train_in(
         setup.watch(config, workdir, run) as watch,
         setup.checkpoints_of(config, workdir) as checkpoints,
     ):
-        fresh = checkpoints.latest is None
-        mesh.barrier("all have looked")  # before the first process writes
+        fresh = checkpoints.latest is None  # asked in all before the first process writes
         config = setup.with_negatives(config, workdir, where.size, fresh=fresh)
         if mesh.is_first():
             settle.settle_workdir(config, workdir, split, fresh=fresh)
@@ -75,9 +74,7 @@ def train_in(
         cache = setup.decoded_cache(config, split)
 
         def evaluation(number: int, state: TrainState) -> dict[str, float]:
-            variables = join(training.frozen, state.params, state.batch_stats)
-            maps = map_settings_of(config.to_dict())
-            scorer = Scorer(training.graphdef, *variables, maps, where, number, training.encoder)
+            scorer = training.scorer(number, state, map_settings_of(config.to_dict()), where)
             seconds = time.perf_counter() - start
             again = cache if config.eval.every_steps else None  # kept images pay when reread
             saved = f"saved step {number} of {total}, whose evaluation is missing"
@@ -111,8 +108,8 @@ def train_in(
             with watch.during("saving", total):
                 checkpoints.wait()
             mesh.barrier("the training has ended")
-            if int(state.step) < total:
-                stop.check(f"saved step {int(state.step)} of {total}")
+            if (last := int(state.step)) < total:
+                stop.check(f"saved step {last} of {total}")
             notices.mark_complete(workdir, total, log)
             log.finish()
             log.write(total, evaluation(total, state))
@@ -126,7 +123,8 @@ def evaluate_job(config: ConfigDict, workdir: Path) -> int:
     setup.devices_of(config, "eval.batch_size", shards=1)
     settle.check_same_model(config, workdir)
     check_writable(workdir, "--workdir")
-    with setup.watch(config, workdir / "evaluation", start_number()) as watch:
+    run = mesh.from_first(time.time_ns())
+    with setup.watch(config, workdir / "evaluation", run) as watch:
         split = read_split(config)
         scorer = scorer_of(
             workdir, config.to_dict(), step=config.eval.step, devices=config.run.devices
@@ -144,8 +142,8 @@ def follow_job(config: ConfigDict, workdir: Path) -> int:
     setup.devices_of(config, "eval.batch_size", shards=1)
     check_writable(workdir, "--workdir")
     maps = map_settings_of(config.to_dict())
-    # The training's watch has files of its own.
-    watch = setup.watch(config, workdir / follow.LOG, start_number())
+    run = mesh.from_first(time.time_ns())
+    watch = setup.watch(config, workdir / follow.LOG, run)  # the training has files of its own
 
     def opened() -> follow.Evaluator:  # the training has prepared its data by then
         settle.check_same_model(config, workdir)
@@ -178,11 +176,6 @@ def follow_job(config: ConfigDict, workdir: Path) -> int:
             )
     except Stopped as stopped:
         return notices.unfinished(config, stopped)
-
-
-def start_number() -> int:
-    """A number of this start, for its watch; the same in all processes."""
-    return mesh.from_first(time.time_ns() // 1_000_000)
 
 
 def predict_job(config: ConfigDict, workdir: Path) -> int:

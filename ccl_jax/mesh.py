@@ -43,6 +43,7 @@ def initialize_distributed(cluster: str = "auto", *, heartbeat_seconds: int = 10
             coordinator_address=os.environ["JAX_COORDINATOR_ADDRESS"],
             num_processes=_number_from("JAX_NUM_PROCESSES"),
             process_id=_number_from("JAX_PROCESS_ID"),
+            cluster_detection_method="deactivate",  # asks nobody else, such as Kubernetes
             heartbeat_timeout_seconds=heartbeat_seconds,
         )
         return True

@@ -1,8 +1,46 @@
 """Which checkpoints of a run are kept, and where damaged ones go."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+
+class Keep:
+    """What orbax asks which checkpoints to leave when a new one is being written.
+
+    `agreed` calls what it is given in the first process, and returns the number that comes out to
+    all: evaluations may appear while they are looked at.
+    """
+
+    def __init__(
+        self,
+        evaluation: Path,
+        *,
+        newest: int,
+        every: int,
+        metric: str,
+        agreed: Callable[[Callable[[], int]], int],
+    ) -> None:
+        self._evaluation = evaluation
+        self._newest = newest
+        self._every = every
+        self._metric = metric
+        self._agreed = agreed
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Whether to keep each of these, ascending by step; the same in every process."""
+        steps = [checkpoint.step for checkpoint in checkpoints]
+
+        def best_or_none() -> int:
+            found = best_step(self._evaluation, self._metric, steps)
+            return -1 if found is None else found
+
+        best = self._agreed(best_or_none) if self._metric else -1
+        kept = kept_steps(
+            steps, newest=self._newest, every=self._every, best=None if best == -1 else best
+        )
+        return [step in kept for step in steps]
 
 
 def kept_steps(steps: Sequence[int], *, newest: int, every: int, best: int | None) -> set[int]:

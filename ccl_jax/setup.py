@@ -16,13 +16,14 @@ from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
 from ccl_jax.data.pictures import DecodedCache, decoded_bytes
 from ccl_jax.run_log import RunLog
-from ccl_jax.scoring import architecture_of
+from ccl_jax.scoring import MapSettings, Scorer, architecture_of
 from ccl_jax.settle import skipped_in, write_atomically
 from ccl_jax.state import (
     Frozen,
     TrainState,
     create_encoder,
     init_state,
+    join,
     purpose_key,
     read_encoder,
 )
@@ -40,6 +41,13 @@ class Training(NamedTuple):
     init: Callable[[jax.Array], TrainState]
     key: jax.Array  # of the weights
     step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+    def scorer(
+        self, number: int, state: TrainState, maps: MapSettings, where: jax.sharding.Mesh
+    ) -> Scorer:
+        """What evaluates the state after step `number`."""
+        variables = join(self.frozen, state.params, state.batch_stats)
+        return Scorer(self.graphdef, *variables, maps, where, number, self.encoder)
 
 
 def devices_of(config: ConfigDict, *batches: str, shards: int | None = None) -> jax.sharding.Mesh:

@@ -225,6 +225,7 @@ def test_process_joins_the_coordinator_it_is_told(joined, monkeypatch):
             "coordinator_address": "host:1234",
             "num_processes": 2,
             "process_id": 1,
+            "cluster_detection_method": "deactivate",
             "heartbeat_timeout_seconds": 100,
         },
     ]

@@ -85,6 +85,36 @@ def test_unwritable_workdir_is_named_with_the_reason(tmp_path, workdir):
         lock_workdir(tmp_path / workdir).__enter__()
 
 
+def test_every_start_of_a_run_has_another_number(tmp_path):
+    numbers = []
+    for _ in range(2):
+        with only_run(tmp_path) as run:
+            numbers.append(run)
+    assert 0 < numbers[0] < numbers[1]
+
+
+def test_where_the_first_process_is_refused_all_are_and_none_writes(
+    tmp_path, other_run, monkeypatch
+):
+    before = sorted(tmp_path.iterdir())
+    sent = []
+    monkeypatch.setattr(mesh, "from_first", lambda number: sent.append(number) or sent[0])
+    with pytest.raises(ValueError, match="in use by another run"), only_run(tmp_path):
+        pass
+    monkeypatch.setattr(mesh, "is_first", lambda: False)
+    with pytest.raises(ValueError, match="refused to the first process"), only_run(tmp_path):
+        pass
+    assert sent[0] == 0
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_the_other_processes_take_the_number_of_the_first_and_no_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(mesh, "from_first", lambda number: 5)
+    monkeypatch.setattr(mesh, "is_first", lambda: False)
+    with only_run(tmp_path) as run:
+        assert run == 5 and not list(tmp_path.iterdir())
+
+
 def evaluated(workdir, step):
     folder = workdir / f"evaluation/{step}"
     folder.mkdir(parents=True)
@@ -119,33 +149,3 @@ def test_a_follower_of_a_training_that_is_no_more_is_to_be_stopped_first(tmp_pat
     ):
         settle.put_evaluations_aside(tmp_path)
     assert (tmp_path / follow.LOG).exists()
-
-
-def test_every_start_of_a_run_has_another_number(tmp_path):
-    numbers = []
-    for _ in range(2):
-        with only_run(tmp_path) as run:
-            numbers.append(run)
-    assert 0 < numbers[0] < numbers[1]
-
-
-def test_where_the_first_process_is_refused_all_are_and_none_writes(
-    tmp_path, other_run, monkeypatch
-):
-    before = sorted(tmp_path.iterdir())
-    sent = []
-    monkeypatch.setattr(mesh, "from_first", lambda number: sent.append(number) or sent[0])
-    with pytest.raises(ValueError, match="in use by another run"), only_run(tmp_path):
-        pass
-    monkeypatch.setattr(mesh, "is_first", lambda: False)
-    with pytest.raises(ValueError, match="refused to the first process"), only_run(tmp_path):
-        pass
-    assert sent[0] == 0
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_the_other_processes_take_the_number_of_the_first_and_no_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(mesh, "from_first", lambda number: 5)
-    monkeypatch.setattr(mesh, "is_first", lambda: False)
-    with only_run(tmp_path) as run:
-        assert run == 5 and not list(tmp_path.iterdir())
