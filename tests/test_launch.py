@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -170,7 +171,10 @@ def test_two_processes_train_stop_on_a_signal_and_the_same_command_goes_on(photo
         *(LAUNCH / "multiprocess_cpu.sh", "--processes", "2", "--devices-per-process", "2"),
         *tiny(photos, workdir, **settings)[1:],
     ]
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
+        "PYTHON": sys.executable,
+    }
     begin = {"env": environment, "cwd": ROOT, "stdout": subprocess.PIPE, "text": True}
     with subprocess.Popen(command, **begin) as script:
         log = workdir / "log" / "metrics.jsonl"
