@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from ccl_jax import prepare, settle
+from ccl_jax import prepare
+from ccl_jax.atomic import write_atomically
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import census_report, layouts
 from ccl_jax.data.census import Census, file_of, take_census
@@ -75,7 +76,7 @@ def census_of(config: ConfigDict, workdir: Path) -> int:
     skipped = skipped_of(census, split) if config.data.bad_files == "skip" else []
     spoiled = census.spoiling > len(skipped)
     found = {"roots": roots, **census_report.as_json(census), "spoiled": spoiled}
-    settle.write_atomically(details, json.dumps(found, indent=2) + "\n")
+    write_atomically(details, json.dumps(found, indent=2) + "\n")
     print(f"{where}: {len(census.classes)} classes\n\n{census_report.as_text(census)}")
     print(f"\n{details}: all files of each finding")
     if skipped:

@@ -1,12 +1,13 @@
 """The log of an evaluator that follows a training: a line for every step that has results."""
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+
+from ccl_jax.atomic import write_atomically
 
 
 class EvaluationLog(AbstractContextManager):
@@ -32,9 +33,7 @@ class EvaluationLog(AbstractContextManager):
             except json.JSONDecodeError:
                 continue
             kept.append(line + "\n")
-        partial = self._path.with_suffix(".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, self._path)
+        write_atomically(self._path, "".join(kept))
         if self._tensorboard:
             import tensorboardX  # here, because it takes a second that others need not spend
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from ccl_jax import config as configs
 from ccl_jax import mesh, settings, settle, setup
+from ccl_jax.atomic import write_atomically
 from ccl_jax.config import ConfigDict
 from ccl_jax.models import pretrained, published
 from ccl_jax.models.trees import flatten, save_tree
@@ -156,9 +157,9 @@ def write_description(config: ConfigDict, workdir: Path, released: Released) -> 
     """Writes config.json and published.json; whatever data a first start had seen is forgotten."""
     config = settle.with_absolute_roots(config)
     (workdir / "data.json").unlink(missing_ok=True)
-    settle.write_atomically(workdir / "config.json", configs.to_json(config))
+    write_atomically(workdir / "config.json", configs.to_json(config))
     provenance = json.dumps(released.provenance, indent=2) + "\n"
-    settle.write_atomically(workdir / "published.json", provenance)
+    write_atomically(workdir / "published.json", provenance)
 
 
 def export_job(config: ConfigDict, workdir: Path) -> int:

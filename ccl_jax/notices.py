@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 
 from ccl_jax import follow, mesh, settings
+from ccl_jax.atomic import write_atomically
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts
 from ccl_jax.run_log import RunLog
-from ccl_jax.setup import write_atomically
 from ccl_jax.signals import Stopped
 
 

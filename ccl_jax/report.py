@@ -4,7 +4,6 @@ import contextlib
 import json
 import math
 import os
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,6 +13,7 @@ from urllib.parse import quote
 import filelock
 from jinja2 import Environment, StrictUndefined
 
+from ccl_jax.atomic import write_atomically
 from ccl_jax.metrics.scores import METRICS, SAMPLE_METRIC
 
 _NAMES = ("I-AUROC", "I-AP", "I-F1", "P-AUROC", "P-AP", "P-F1", "AUPRO")
@@ -102,9 +102,9 @@ def write_results(folder: Path, results: Mapping[str, Any]) -> None:
     ]
     more = [f"## {table.title}\n\n{_markdown(table)}" for table in _published_tables(results)]
     markdown = "\n\n".join([f"# {title}", markdown_table(results), *more, *lists]) + "\n"
-    _write_atomically(folder / "results.md", markdown.encode())
-    _write_atomically(folder / "report.html", _html(folder, title, results).encode())
-    _write_atomically(folder / "results.json", text.encode())
+    write_atomically(folder / "results.md", markdown)
+    write_atomically(folder / "report.html", _html(folder, title, results))
+    write_atomically(folder / "results.json", text)
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
@@ -237,10 +237,3 @@ def _details(results: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
         for part in ("diagnostics", "conventions", "provenance")
         if results.get(part)
     ]
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    # Two hosts may write one folder from processes of the same number.
-    draft = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
-    draft.write_bytes(content)
-    draft.replace(path)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import sys
 import threading
 import time
@@ -12,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import jax
 from tqdm import tqdm
 
+from ccl_jax import mesh
+from ccl_jax.atomic import write_atomically
 from ccl_jax.throughput import Goodput, SlowStep, Throughput
 
 
@@ -47,7 +47,7 @@ class RunLog:
         self._lines: IO[str] | None = None
         self._writing = threading.Lock()  # notes come from other threads
         self._events: Any = None
-        first = jax.process_index() == 0
+        first = mesh.is_first()
         if first:
             folder.mkdir(parents=True, exist_ok=True)
             self._lines, useful = _reopen(folder / "metrics.jsonl", start_step)
@@ -168,9 +168,7 @@ def _reopen(path: Path, start_step: int) -> tuple[IO[str], float]:
     useful = 0.0
     if path.exists():
         kept = [line for line in path.read_text().splitlines() if _step_of(line) <= start_step]
-        partial = path.with_suffix(".jsonl.partial")
-        partial.write_text("".join(line + "\n" for line in kept))
-        os.replace(partial, path)
+        write_atomically(path, "".join(line + "\n" for line in kept))
         useful = max((json.loads(line).get("step_seconds", 0.0) for line in kept), default=0.0)
     return path.open("a"), useful
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from ccl_jax import config as configs
 from ccl_jax import follow, mesh
+from ccl_jax.atomic import write_atomically
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, remote
 from ccl_jax.workdir import is_held
@@ -118,13 +119,6 @@ def compare_data(old: dict[str, Any], new: dict[str, Any], workdir: Path) -> Non
         f"of {len(new['classes'])}, or others, so that labels and order would change. Put the "
         f"images back, or train in another folder, e.g. --workdir={workdir}-2."
     )
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file that is there complete or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def skipped_in(workdir: Path) -> list[str]:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from ccl_jax import config as configs
 from ccl_jax import determinism, mesh, settings
+from ccl_jax.atomic import write_atomically
 from ccl_jax.augment import Recipe
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.config import ConfigDict
@@ -17,7 +19,7 @@ from ccl_jax.data import layouts, pipeline
 from ccl_jax.data.pictures import DecodedCache, decoded_bytes
 from ccl_jax.run_log import RunLog
 from ccl_jax.scoring import MapSettings, Scorer, architecture_of
-from ccl_jax.settle import skipped_in, write_atomically
+from ccl_jax.settle import skipped_in
 from ccl_jax.state import (
     Frozen,
     TrainState,
@@ -31,6 +33,8 @@ from ccl_jax.throughput import device_peak
 from ccl_jax.train import Schedule, make_train_step
 from ccl_jax.watch import Watch
 
+TrainStep = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
 
 class Training(NamedTuple):
     """All that a training is made of, before its first step."""
@@ -40,7 +44,7 @@ class Training(NamedTuple):
     encoder: dict[str, Any]  # provenance
     init: Callable[[jax.Array], TrainState]
     key: jax.Array  # of the weights
-    step: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+    step: TrainStep
 
     def scorer(
         self, number: int, state: TrainState, maps: MapSettings, where: jax.sharding.Mesh
@@ -133,22 +137,31 @@ def set_up(
     frozen, encoder = read_encoder(workdir / "encoder", architecture)
     optimizer = settings.optimizer_of(config, total)
     graphdef, *_ = architecture.abstract(norm_images=config.model.norm_images)
-    step = make_train_step(
-        graphdef,
-        optimizer,
-        settings.loss_settings(config, where.size),
-        Recipe(**config.augment.to_dict()),
-        noise_probability=config.model.noise_probability,
-        root=root,
-        where=where,
-    )
     return Training(
         graphdef,
         mesh.put_replicated(frozen, where),
         encoder,
         functools.partial(init_state, architecture, optimizer),
         purpose_key(root, "weights", 0),
-        step,
+        train_step_of(config, graphdef, optimizer, where),
+    )
+
+
+def train_step_of(
+    config: ConfigDict,
+    graphdef: Any,
+    optimizer: optax.GradientTransformation,
+    where: jax.sharding.Mesh,
+) -> TrainStep:
+    """The pure training step that the config describes, over the devices of a mesh."""
+    return make_train_step(
+        graphdef,
+        optimizer,
+        settings.loss_settings(config, where.size),
+        Recipe(**config.augment.to_dict()),
+        noise_probability=config.model.noise_probability,
+        root=jax.random.key(config.seed),
+        where=where,
     )
 
 

@@ -12,6 +12,7 @@ import optax
 from flax import nnx, struct
 from jaxtyping import Array, Key, PyTree
 
+from ccl_jax.atomic import write_atomically
 from ccl_jax.models import network as networks
 from ccl_jax.models import pretrained
 from ccl_jax.models.random_encoder import settle_statistics
@@ -169,9 +170,7 @@ def create_encoder(
     folder.mkdir(parents=True, exist_ok=True)
     written = pretrained.save_encoder(folder / "encoder.safetensors", params, batch_stats)
     provenance |= {"architecture": architecture.encoder, "written_sha256": written}
-    partial = folder / "provenance.partial"
-    partial.write_text(json.dumps(provenance, indent=2) + "\n")
-    partial.replace(folder / "provenance.json")
+    write_atomically(folder / "provenance.json", json.dumps(provenance, indent=2) + "\n")
 
 
 def read_encoder(folder: Path, architecture: Architecture) -> tuple[Frozen, dict]:

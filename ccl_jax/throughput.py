@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import statistics
 import time
 from collections import deque
@@ -12,6 +11,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+
+from ccl_jax.atomic import write_atomically
 
 # Dense peaks of one device in TFLOP/s, by the beginning of `jax.Device.device_kind`, longest first:
 # (bfloat16, float32). What JAX computes in float32 runs by default as TF32 on these GPUs and as one
@@ -56,8 +57,8 @@ def count_flops(jaxpr: Any) -> float:
     A multiplication and an addition count as two, also with what pads an image; what else is
     computed is little and not counted, as is usual for a model's FLOP utilisation. Of a branch the
     costliest side counts, of a loop of unknown length one round. Counted here and not taken from
-    the compiled program, whose `cost_analysis()` is per device and misses what XLA hands to cuDNN
-    and cuBLAS on GPUs.
+    the compiled program's `cost_analysis()`, which is per device and takes every loop for one
+    round: 4.26 instead of 4.51 TFLOP for the published step.
     """
     total = 0.0
     for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
@@ -239,9 +240,7 @@ class Goodput:
         known = json.loads(file.read_text()) if file.exists() else {"first_start": clock()}
         self._first = known["first_start"]
         known["starts"] = known.get("starts", 0) + 1
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(known) + "\n")
-        os.replace(partial, file)
+        write_atomically(file, json.dumps(known) + "\n")
 
     @property
     def elapsed(self) -> float:

@@ -303,9 +303,13 @@ class Watch:
 
 
 def _is_of_a_collective(error: Exception) -> bool:
-    """Whether JAX raised it: a failed collective is a ValueError or a RuntimeError of its own."""
-    frames = tracebacks.extract_tb(error.__traceback__)
-    if frames and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE):
-        return False  # words of our own, such as the name of a file
-    words = str(error).lower()
-    return any(word in words for word in COLLECTIVE)
+    """Whether JAX raised it, or what it comes from: a ValueError or a RuntimeError of its own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        frames = tracebacks.extract_tb(cause.__traceback__)
+        ours = frames and Path(frames[-1].filename).resolve().is_relative_to(PACKAGE)
+        # Words of our own, such as the name of a file, say nothing.
+        if not ours and any(word in str(cause).lower() for word in COLLECTIVE):
+            return True
+        cause = cause.__cause__
+    return False

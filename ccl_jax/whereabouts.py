@@ -8,6 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from ccl_jax.atomic import write_atomically
+
 COMPUTING = "computing"
 FIRST = "computing the first steps"  # until one has ended
 
@@ -47,9 +49,7 @@ class Report:
 
     def write(self, path: Path) -> None:
         """Puts it in place of what the file was."""
-        partial = path.with_suffix(f".{self.index}.partial")
-        partial.write_text(json.dumps(dataclasses.asdict(self)) + "\n")
-        os.replace(partial, path)
+        write_atomically(path, json.dumps(dataclasses.asdict(self)) + "\n")
 
 
 def report_of(index: int, phase: str, step: int | None, beat: int, run: int = 0) -> Report:

@@ -12,6 +12,7 @@ from pathlib import Path
 import filelock
 
 from ccl_jax import mesh
+from ccl_jax.atomic import write_atomically
 
 LOCK = ".run.lock"
 HOLDER = ".run.json"  # beside the lock, because a lock file may be truncated by who tries it
@@ -109,9 +110,7 @@ def _write_holder(path: Path) -> None:
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
     }
-    partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(holder))
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(holder))
 
 
 def _read_holder(path: Path) -> str:

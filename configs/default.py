@@ -283,8 +283,8 @@ def run() -> dict:
         "heartbeat_seconds": 100,  # without a sign of life of a process before the others end
         "threads": 4,  # that decode images, per process
         "workers": 0,  # processes that decode images which are not kept in memory; 0: threads only
-        # Bit for bit the same on GPUs from run to run: sets --xla_gpu_deterministic_ops=true, which
-        # is slower (no autotuning, no atomic sums; how much was not measured). CPUs need it not.
+        # Bit for bit the same on GPUs from run to run: --xla_gpu_deterministic_ops=true, without
+        # autotuning and atomic sums (how much slower was not measured). CPUs need it not.
         "deterministic": False,
         "progress": True,  # progress bars
         "tensorboard": True,  # events beside metrics.jsonl

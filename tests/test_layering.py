@@ -10,6 +10,7 @@ ROOT = Path(__file__).parent.parent
 
 # Layer of each module of ccl_jax, or of each of its packages.
 LAYERS = {
+    "atomic": -1,  # for all
     **dict.fromkeys(("collectives", "matching", "augment", "anomaly_map", "figures"), 0),
     **dict.fromkeys(("throughput", "whereabouts", "ending"), 0),
     **dict.fromkeys(("data", "metrics", "models"), 0),  # each may import itself

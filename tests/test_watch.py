@@ -13,6 +13,7 @@ import time
 import pytest
 
 from ccl_jax import ending
+from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.ending import FAILED_TOO, STALLED, tell
 from ccl_jax.mesh import check_divisible
 from ccl_jax.watch import FAILED, FOLDER, INTERVAL, LATE, PATIENT, Watch
@@ -320,6 +321,20 @@ def test_our_own_error_that_speaks_of_a_barrier_is_none_of_a_collective(run_of):
     with pytest.raises(ValueError, match="barrier"), run.watches[1]:
         check_divisible(3, 2, "barrier")
     assert json.loads((run.folder / FAILED).read_text())["index"] == 1
+
+
+def test_our_own_error_that_comes_from_a_collective_is_one(run_of, tmp_path, monkeypatch):
+    run = run_of(3)
+    monkeypatch.setattr(time, "sleep", lambda _: run.goes_on(INTERVAL))
+    monkeypatch.setattr(Report, "is_dead_here", False)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", keep=1)
+    with (
+        pytest.raises(OSError, match="could not be written"),
+        run.watches[1],
+        checkpoints._write_errors_explained(),
+    ):
+        raise ValueError(GLOO)
+    assert run.ended == [(1, STALLED)] and not (run.folder / FAILED).exists()
 
 
 def test_a_process_that_ends_as_it_should_leaves_no_report(tmp_path):

@@ -21,11 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from ccl_jax import config as configs
-from ccl_jax import mesh, settings
-from ccl_jax.augment import Recipe
+from ccl_jax import mesh, settings, setup
 from ccl_jax.scoring import architecture_of
 from ccl_jax.state import Frozen, init_state
-from ccl_jax.train import make_train_step
 
 ROOT = Path(__file__).parent.parent.parent
 BYTES = {"f64": 8, "f32": 4, "bf16": 2, "f16": 2, "s64": 8, "u64": 8, "s32": 4, "u32": 4}
@@ -96,15 +94,7 @@ def traced_step(config: configs.ConfigDict, where: jax.sharding.Mesh) -> jax.sta
     architecture = architecture_of(config.to_dict())
     graphdef, params, stats = architecture.abstract(norm_images=config.model.norm_images)
     optimizer = settings.optimizer_of(config, 1000)
-    step = make_train_step(
-        graphdef,
-        optimizer,
-        settings.loss_settings(config, where.size),
-        Recipe(**config.augment.to_dict()),
-        noise_probability=config.model.noise_probability,
-        root=jax.random.key(config.seed),
-        where=where,
-    )
+    step = setup.train_step_of(config, graphdef, optimizer, where)
     state = jax.eval_shape(lambda key: init_state(architecture, optimizer, key), jax.random.key(0))
     placed = mesh.state_shardings(state, where)
     whole = mesh.replicated(where)
