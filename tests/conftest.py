@@ -1,6 +1,7 @@
 """Four fake devices for every test, absl flags parsed so that grain workers start, tiny data."""
 
 import os
+import signal
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("MPLBACKEND", "agg")
@@ -35,6 +36,10 @@ def pytest_configure(config):
             raise pytest.UsageError(f"--golden={golden} holds no index.json, so no recordings")
         os.environ["CCL_JAX_GOLDEN"] = golden
     flags.FLAGS.mark_as_parsed()
+    # A shell starts what it puts into the background with SIGINT ignored, which children inherit,
+    # and then no script of theirs can hear it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # A training step compiles for 20 seconds; tests that need the same one compile it once.
     cache = getattr(config, "cache", None)  # absent under -p no:cacheprovider
     if cache is not None:

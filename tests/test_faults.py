@@ -147,7 +147,10 @@ def test_without_the_first_process_the_other_one_ends_too(photos, tmp_path, comp
 
 def test_a_stopped_process_ends_the_other_one_in_time_and_is_named(photos, tmp_path, compiled):
     limit = 60  # other tests on the same cores must not make it stall
-    with Pair(tmp_path, photos, compiled, **{"run.stall_seconds": limit}) as pair:
+    # JAX sends a sign of life at every half of `heartbeat_seconds`, so it gives a process up after
+    # the half at the earliest: here it must not come before.
+    limits = {"run.stall_seconds": limit, "run.heartbeat_seconds": 600}
+    with Pair(tmp_path, photos, compiled, **limits) as pair:
         pair.has_trained(6)
         pair.processes[1].send_signal(signal.SIGSTOP)
         start = time.monotonic()

@@ -137,7 +137,7 @@ def test_signal_reaches_every_process_once_and_its_status_comes_back(python, num
     ready = [script.stdout.readline() for _ in range(2)]
     assert sorted(ready) == ["[0] ready\n", "[1] ready\n"]
     script.send_signal(number)
-    output, _ = script.communicate(timeout=30)
+    output, _ = script.communicate(timeout=120)
     assert sorted(output.splitlines()) == ["[0] saved", "[1] saved"]
     assert script.returncode == 128 + number
 
@@ -245,7 +245,7 @@ def test_tpu_pod_hands_arguments_on_through_two_shells_and_stops_what_it_started
         )
 
     run = call(*ARGUMENTS)
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=120)
     cluster = "--config.run.cluster=gcetpu"
     assert output.splitlines() == ["-m", "ccl_jax.main", "--job", "train", cluster, *ARGUMENTS]
     assert run.returncode == 7
@@ -254,9 +254,9 @@ def test_tpu_pod_hands_arguments_on_through_two_shells_and_stops_what_it_started
     run = call(*ARGUMENTS)
     assert run.stdout.readline() == "ready\n"
     stop = call("--stop")
-    assert stop.communicate(timeout=30) == ("", None)
+    assert stop.communicate(timeout=120) == ("", None)
     assert stop.returncode == 0
-    output, _ = run.communicate(timeout=30)
+    output, _ = run.communicate(timeout=120)
     assert output == "saved\n"
     assert run.returncode == 143
 
