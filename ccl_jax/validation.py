@@ -12,7 +12,7 @@ from ccl_jax.problems import Problems, is_integer, is_number
 from ccl_jax.validation_pretraining import check_pretraining
 from ccl_jax.validation_run import check_faults
 
-ENCODERS = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
+ENCODERS = ("resnet10", "resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
 
 def validate(config: ConfigDict, *, needs_data: bool = True) -> None:

@@ -97,7 +97,7 @@ def model() -> dict:
     """Encoder, projector, neck and decoder."""
     return {
         "family": "rd",  # reverse distillation
-        "encoder": "wide_resnet50_2",  # or "resnet18", "resnet34", "resnet50"
+        "encoder": "wide_resnet50_2",  # "resnet50", "resnet34", "resnet18"; for trials "resnet10"
         "projector": "plain",  # "plain" 3x3, "depthwise" separable, or "none" (RD without CCL)
         "noise_probability": 0.3085,  # of disturbing a step's projected maps: P(N(0, 1) > 0.5)
         "compute_dtype": "float32",  # or "bfloat16"; parameters and losses stay float32

@@ -83,14 +83,14 @@ def photos(tmp_path_factory):
 
 
 def make_tiny_config(photos):
-    """The smallest training that uses everything: ResNet-18, 64 pixels, four images a step."""
+    """The smallest training that uses everything: ResNet-10, 64 pixels, four images a step."""
     config = configs.read_config_file(ROOT / "configs/folder.py")
     config.name = "tiny"
     config.data.root = str(photos)
     config.data.name = "tiny"
     config.data.image_size = 64
     config.encoder.weights = "random"
-    config.model.encoder = "resnet18"
+    config.model.encoder = "resnet10"
     config.model.projector = "depthwise"
     config.train.batch_size = 4
     config.train.steps = 4
@@ -98,6 +98,7 @@ def make_tiny_config(photos):
     config.train.checkpoint_every = 2
     config.eval.batch_size = 4
     config.eval.every_steps = 2
+    config.eval.figures_per_class = 1
     config.run.devices = 1
     config.run.tensorboard = False
     config.run.progress = False

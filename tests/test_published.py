@@ -28,9 +28,9 @@ def table(name):
     return {key: tuple(shape) for key, shape, *_ in tables[name]}
 
 
-def tiny_network(kind):
+def tiny_network(kind, encoder="resnet18"):
     """Shapes of a small network, and trees of numbers in them that are all different."""
-    _, *wanted = networks.abstract_network(projector=kind, **TINY)
+    _, *wanted = networks.abstract_network(projector=kind, **(TINY | {"encoder": encoder}))
     count = iter(range(10_000))
     filled = jax.tree.map(
         lambda leaf: np.arange(leaf.size, dtype=np.float32).reshape(leaf.shape) + next(count),
@@ -131,7 +131,9 @@ def test_another_projector_is_recognised_and_the_setting_named(kind, other):
         published.from_published(published.to_published(*trees), *wanted, source="net.pth")
 
 
-@pytest.mark.parametrize("architecture", ["resnet18", "resnet34", "resnet50", "wide_resnet50_2"])
+@pytest.mark.parametrize(
+    "architecture", ["resnet10", "resnet18", "resnet34", "resnet50", "wide_resnet50_2"]
+)
 def test_another_encoder_is_recognised_and_the_setting_named(architecture):
     _, *trees = networks.abstract_network(projector="plain", **(TINY | {"encoder": architecture}))
     tensors = published.to_published(
@@ -253,7 +255,7 @@ def test_the_command_line_imports(exported, tmp_path):
         f"--workdir={tmp_path / 'run'}",
         f"--config.encoder.weights={exported}",
         f"--config.published.checkpoint={exported}",
-        "--config.model.encoder=resnet18",
+        "--config.model.encoder=resnet10",
         "--config.model.projector=depthwise",
         "--config.data.image_size=64",
     ]
@@ -322,7 +324,7 @@ def test_a_checkpoint_without_encoder_needs_one_that_is_not_random(
 
 
 def test_an_export_holds_the_whole_network(exported):
-    names = published.to_published(*tiny_network("depthwise")[1])
+    names = published.to_published(*tiny_network("depthwise", "resnet10")[1])
     assert safetensors.numpy.load_file(exported).keys() == names.keys()
 
 

@@ -64,7 +64,13 @@ def test_encoder_neck_and_decoder_have_matching_shapes(name):
 
 @pytest.mark.parametrize(
     ("name", "convolutions"),
-    [("resnet18", 15), ("resnet34", 29), ("resnet50", 43), ("wide_resnet50_2", 43)],
+    [
+        ("resnet10", 9),
+        ("resnet18", 15),
+        ("resnet34", 29),
+        ("resnet50", 43),
+        ("wide_resnet50_2", 43),
+    ],
 )
 def test_encoder_has_as_many_convolutions_as_published(name, convolutions):
     _, params, _ = abstract(lambda: ResNetEncoder(name, dtype=None, draws=Draws(jax.random.key(0))))

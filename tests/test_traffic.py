@@ -62,7 +62,7 @@ def test_bytes_of_a_small_compiled_program_are_those_it_must_send():
 
 @pytest.mark.slow
 def test_step_sends_what_the_estimate_says_and_near_negatives_do_not_grow_with_the_devices():
-    changes = ["model.encoder=resnet18", "data.image_size=64"]
+    changes = ["model.encoder=resnet10", "data.image_size=64"]
     elements = sum((64 // stride) ** 2 * 16 * stride for stride in (4, 8, 16))
 
     def totals(devices, negatives):

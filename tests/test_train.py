@@ -216,9 +216,9 @@ def leaves_of(workdir, config):
         return jax.tree.leaves(jax.device_get(setup.first_or_saved(training, checkpoints, where)))
 
 
-def test_stop_and_resume_equals_straight_through_bit_for_bit(tiny_config, tmp_path, monkeypatch):
-    assert jobs.train_job(tiny_config, tmp_path / "straight") == 0
-
+def test_stop_and_resume_equals_straight_through_bit_for_bit(
+    trained, tiny_config, tmp_path, monkeypatch
+):
     honest = RunLog.advance
 
     def interrupting(self, step):
@@ -234,12 +234,12 @@ def test_stop_and_resume_equals_straight_through_bit_for_bit(tiny_config, tmp_pa
     assert not (tmp_path / "stopped" / "evaluation" / "4").exists()
     assert jobs.train_job(tiny_config, tmp_path / "stopped") == 0
 
-    straight = leaves_of(tmp_path / "straight", tiny_config)
+    straight = leaves_of(trained, tiny_config)
     resumed = leaves_of(tmp_path / "stopped", tiny_config)
     assert all(np.array_equal(a, b) for a, b in zip(straight, resumed, strict=True))
     scores = [
-        json.loads((tmp_path / name / "evaluation/4/results.json").read_text())["classes"]
-        for name in ("straight", "stopped")
+        json.loads((workdir / "evaluation/4/results.json").read_text())["classes"]
+        for workdir in (trained, tmp_path / "stopped")
     ]
     assert scores[0] == scores[1]
     text = (tmp_path / "stopped/log/metrics.jsonl").read_text()

@@ -39,6 +39,7 @@ class Architecture:
 
 
 ARCHITECTURES = {
+    "resnet10": Architecture(False, (1, 1, 1), 1, 1),  # for trials: nobody publishes its weights
     "resnet18": Architecture(False, (2, 2, 2), 1, 2),
     "resnet34": Architecture(False, (3, 4, 6), 1, 3),
     "resnet50": Architecture(True, (3, 4, 6), 1, 3),

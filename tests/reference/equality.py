@@ -103,12 +103,12 @@ def put_rows(tree: Any, where: jax.sharding.Mesh) -> Any:
     )
 
 
-def training(where: jax.sharding.Mesh, dtype: type, nudge: bool) -> dict[str, Any]:
+def training(where: jax.sharding.Mesh, dtype: type, encoder: str, nudge: bool) -> dict[str, Any]:
     """The first step of a small training, and the losses of STEPS steps.
 
     With `nudge` every pixel is larger by about one unit in the last place.
     """
-    architecture = Architecture("rd", "resnet18", "depthwise", "float32")
+    architecture = Architecture("rd", encoder, "depthwise", "float32")
     optimizer = make_optimizer(
         projector_lr=1e-3, lr=5e-3, betas=(0.5, 0.999), clip_norm=5.0, decay_step=None
     )
@@ -152,12 +152,12 @@ def training(where: jax.sharding.Mesh, dtype: type, nudge: bool) -> dict[str, An
     return found
 
 
-def work(dtype: str, output: Path, nudge: bool) -> None:
+def work(dtype: str, output: Path, encoder: str, nudge: bool) -> None:
     """Computes everything in this process's part of the mesh; the first process writes it."""
     mesh.initialize_distributed()
     where, kind = mesh.make_mesh(), np.dtype(dtype).type
     found = losses_and_gradients(where, kind)
-    found["training"] = training(where, kind, nudge)
+    found["training"] = training(where, kind, encoder, nudge)
     if mesh.is_first():
         output.write_bytes(pickle.dumps(jax.tree.map(np.asarray, found)))
     mesh.barrier("written")
@@ -166,8 +166,8 @@ def work(dtype: str, output: Path, nudge: bool) -> None:
 # --- in the process that was started ------------------------------------------------------------
 
 
-def start(processes: int, devices: int, dtype: str, folder: Path, *nudged: str) -> dict[str, Any]:
-    """Runs the work in so many processes, with so many devices together."""
+def start(processes: int, devices: int, dtype: str, folder: Path, *words: str) -> dict[str, Any]:
+    """Runs the work in so many processes, with so many devices together; `words` go to `work`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -188,7 +188,7 @@ def start(processes: int, devices: int, dtype: str, folder: Path, *nudged: str) 
         "--work",
         dtype,
         str(output),
-        *nudged,
+        *words,
     ]
     running = [
         subprocess.Popen(command, env=environment | {"JAX_PROCESS_ID": str(number)}, cwd=ROOT)
@@ -258,21 +258,24 @@ def main(words: list[str]) -> int:
     parser.add_argument("--work", nargs=2, metavar=("DTYPE", "FILE"))
     parser.add_argument("--dtypes", default="float32,float64")
     parser.add_argument("--grid", default="", help="processes x devices of each, as 1x2,2x4")
+    parser.add_argument("--encoder", default="resnet18")
     parser.add_argument("--nudge", action="store_true")
     given = parser.parse_args(words)
     if given.work:
-        work(given.work[0], Path(given.work[1]), given.nudge)
+        work(given.work[0], Path(given.work[1]), given.encoder, given.nudge)
         return 0
     grid = [tuple(map(int, cell.split("x"))) for cell in given.grid.split(",") if cell]
     grid = [(processes, processes * each) for processes, each in grid] or GRID
     wrong: list[str] = []
+    encoder = ("--encoder", given.encoder)
     with tempfile.TemporaryDirectory() as folder:
         for dtype in given.dtypes.split(","):
-            want = start(1, 1, dtype, Path(folder))
-            nudged = start(1, 1, dtype, Path(folder), "--nudge")
+            want = start(1, 1, dtype, Path(folder), *encoder)
+            nudged = start(1, 1, dtype, Path(folder), *encoder, "--nudge")
             differences = {(1, 1, dtype): rows_of(nudged, want)}
             for p, d in grid:
-                differences[p, d, dtype] = rows_of(start(p, d, dtype, Path(folder)), want)
+                got = start(p, d, dtype, Path(folder), *encoder)
+                differences[p, d, dtype] = rows_of(got, want)
             print(table(differences, dtype), "\n", flush=True)
             wrong += too_large(differences, dtype)
     print("\n".join(wrong), file=sys.stderr)
