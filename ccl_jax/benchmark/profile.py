@@ -105,7 +105,9 @@ def markdown_table(kernels: list[Kernel], *, repeats: int) -> str:
     lines = ["| kernel | ms a step | calls a step | share |", "|---|---:|---:|---:|"]
     for name, seconds, calls in kernels[:LONGEST]:
         share = f"{seconds / total:.1%}"
-        lines.append(f"| `{name}` | {1e3 * seconds / repeats:.3f} | {calls / repeats:g} | {share} |")
+        lines.append(
+            f"| `{name}` | {1e3 * seconds / repeats:.3f} | {calls / repeats:g} | {share} |"
+        )
     return "\n".join(lines) + "\n"
 
 

@@ -4,10 +4,13 @@ GPU images often have jax, flax, optax and orbax, but neither ml-collections nor
 test compares these numbers with configs/mvtec.py.
 """
 
+import dataclasses
+
 import optax
 
 from ccl_jax.augment import Recipe
 from ccl_jax.objective import LossSettings
+from ccl_jax.scoring import MapSettings
 from ccl_jax.state import make_optimizer
 
 LOSSES = LossSettings(
@@ -52,3 +55,13 @@ SEED = 42
 def optimizer() -> optax.GradientTransformation:
     """The published optimizer."""
     return make_optimizer(**OPTIMIZER)  # type: ignore[arg-type]
+
+
+def losses(compute_dtype: str) -> LossSettings:
+    """The published losses; feature maps travel between devices in the dtype of the network."""
+    return dataclasses.replace(LOSSES, travels_as=compute_dtype)
+
+
+def maps(image_size: int) -> MapSettings:
+    """How features become score maps of images of that many pixels."""
+    return MapSettings(size=image_size, sigma=4.0, combine="add", distance="cosine", pool=1)

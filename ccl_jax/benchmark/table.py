@@ -3,7 +3,6 @@
 import datetime
 import json
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,7 @@ def training_rows(
     `peak` is what one device, of this kind, can do at most, in FLOP/s.
     """
     times = training.times
-    cache = jax.config.jax_compilation_cache_dir
+    cache = jax.config.read("jax_compilation_cache_dir")
     mean = times.total / len(times.seconds)
     done = training.flops / devices / mean
     repeats = f"{len(times.seconds)} steps"
@@ -68,6 +67,15 @@ def memory_row(memory: Memory | None) -> Row:
     if memory is None:
         return Row("device memory at the peak", "unknown", "neither reported nor planned")
     return Row("device memory at the peak", f"{memory.bytes / 2**30:.3g} GiB", memory.source)
+
+
+def scoring_row(times: Times, images: int) -> Row:
+    """The row of scoring so many images at once."""
+    return Row(
+        "inference with score maps",
+        f"{images / times.median:.4g} images/s",
+        f"batches of {images}, median of {len(times.seconds)}, {in_words(times.median)} each",
+    )
 
 
 def part_rows(parts: dict[str, Times], within: str, step: Times) -> list[Row]:
@@ -106,7 +114,7 @@ def markdown_table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)]) + "\n"
 
 
-def as_numbers(training: Training, parts: dict[str, Times]) -> dict[str, Any]:
+def training_numbers(training: Training) -> dict[str, Any]:
     """What was measured of the training as plain numbers: seconds, FLOPs, bytes."""
     memory = training.memory
     return {
@@ -115,14 +123,18 @@ def as_numbers(training: Training, parts: dict[str, Times]) -> dict[str, Any]:
         "step_flops": training.flops,
         "memory_bytes": None if memory is None else memory.bytes,
         "memory_source": None if memory is None else memory.source,
-        "part_seconds": {name: list(times.seconds) for name, times in parts.items()},
     }
 
 
-def circumstances(module: str) -> dict[str, Any]:
-    """Command (of python -m `module`), versions, commit, date and devices."""
+def seconds_of(parts: dict[str, Times]) -> dict[str, list[float]]:
+    """The seconds of every repeat of each part."""
+    return {name: list(times.seconds) for name, times in parts.items()}
+
+
+def circumstances(module: str, words: Sequence[str]) -> dict[str, Any]:
+    """Command (python -m `module` with these arguments), versions, commit, date and devices."""
     return {
-        "command": shlex.join(["python", "-m", module, *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", module, *words]),
         "versions": {name: version(name) for name in PACKAGES},
         "commit": commit(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
