@@ -211,7 +211,8 @@ def metrics(config: ConfigDict, where: jax.sharding.Mesh, split: layouts.Split |
     row = Row(
         f"seven metrics of {images} maps",
         table.in_words(took.total),
-        f"{whose}; {size}x{size}, {classes} classes; {table.in_words(took.counting)} to count, once",
+        f"{whose}; {size}x{size}, {classes} classes, one pass; {table.in_words(took.counting)} to "
+        f"count",
     )
     return Found([row], {"metric_images": images, "metric_seconds": took._asdict()})
 

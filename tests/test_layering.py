@@ -28,6 +28,7 @@ LAYERS = {
     ),
     **dict.fromkeys(("settle", "setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4),
     **dict.fromkeys(("notices", "validation_run"), 4),
+    "benchmark_job": 4,
 }
 DOOR = 4
 

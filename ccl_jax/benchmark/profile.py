@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 Event = dict[str, Any]
+LONGEST = 10  # kernels in the table
 
 
 class Kernel(NamedTuple):
@@ -109,6 +110,3 @@ def markdown_table(kernels: list[Kernel], *, repeats: int) -> str:
             f"| `{name}` | {1e3 * seconds / repeats:.3f} | {calls / repeats:g} | {share} |"
         )
     return "\n".join(lines) + "\n"
-
-
-LONGEST = 10

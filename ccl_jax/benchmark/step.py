@@ -19,6 +19,7 @@ from ccl_jax import mesh
 from ccl_jax.benchmark import profile, published, table
 from ccl_jax.benchmark.parts import SEARCH, Parts
 from ccl_jax.benchmark.scoring import time_scoring
+from ccl_jax.benchmark.timing import Times
 from ccl_jax.benchmark.training import (
     Batch,
     Steps,
@@ -119,9 +120,9 @@ def main(words: Sequence[str]) -> int:
         images = [batch["image"] for batch in batches]
         scoring = time_scoring(recipe.scorer(state), images, ahead=recipe.ahead, **how)
         rows.append(table.scoring_row(scoring, given.batch))
-        parts = (
-            {} if given.no_parts else recipe.parts(state).time(batches, ahead=recipe.ahead, **how)
-        )
+        parts: dict[str, Times] = {}
+        if not given.no_parts:
+            parts = recipe.parts(state).time(batches, ahead=recipe.ahead, **how)
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
