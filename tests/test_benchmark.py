@@ -18,7 +18,7 @@ from ccl_jax import benchmark_job, mesh, settings
 from ccl_jax import config as configs
 from ccl_jax.augment import Recipe
 from ccl_jax.benchmark import profile, published, step, table
-from ccl_jax.benchmark.memory import Memory, peak_memory, planned_memory
+from ccl_jax.benchmark.memory import Memory, memory_of, peak_memory
 from ccl_jax.benchmark.metric_time import time_metrics
 from ccl_jax.benchmark.reading import Source
 from ccl_jax.benchmark.timing import Times, time_calls
@@ -80,22 +80,13 @@ class Analysis:
 
 
 def test_memory_is_what_the_device_reports_or_what_the_program_plans():
-    class Program:
-        def memory_analysis(self):
-            return Analysis()
-
-    class Device:
-        def __init__(self, stats):
-            self.stats = stats
-
-        def memory_stats(self):
-            return self.stats
-
-    reported = peak_memory(Device({"peak_bytes_in_use": 7}), Program())
+    reported = memory_of({"peak_bytes_in_use": 7}, Analysis())
     assert reported.bytes == 7 and "reported by the device" in reported.source
-    planned = peak_memory(Device(None), Program())
-    assert planned.bytes == 100 + 60 + 30 - 40 and "planned" in planned.source
-    assert planned_memory(None) is None
+    for nothing in (None, {}):
+        planned = memory_of(nothing, Analysis())
+        assert planned.bytes == 100 + 60 + 30 - 40 and "planned" in planned.source
+    assert memory_of(None, None) is None
+    assert table.memory_row(None).value == "unknown"
 
 
 def test_memory_of_a_donated_argument_counts_once():

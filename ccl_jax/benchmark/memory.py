@@ -15,24 +15,27 @@ class Memory(NamedTuple):
 def peak_memory(device: jax.Device, compiled: jax.stages.Compiled) -> Memory | None:
     """The most that was used on the device so far, or what the program says that it needs.
 
-    The first where the device reports it, for all that this process has run on it; else arguments,
-    results and intermediate values of the compiled program, less what its results take over from
-    its arguments. None where neither is known.
+    The first where the device reports it, for all that this process has run on it; else what the
+    compiled program plans. None where neither is known.
     """
-    reported = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    return memory_of(device.memory_stats(), compiled.memory_analysis())
+
+
+def memory_of(stats: dict[str, Any] | None, analysis: Any) -> Memory | None:
+    """The peak by a device's statistics, or else by XLA's analysis of the program.
+
+    That is arguments, results and intermediate values, less what the results take over from the
+    arguments.
+    """
+    reported = (stats or {}).get("peak_bytes_in_use")
     if reported:
         return Memory(int(reported), "reported by the device, the peak of the process so far")
-    planned = planned_memory(compiled.memory_analysis())
-    return None if planned is None else Memory(planned, "planned by the compiled program")
-
-
-def planned_memory(analysis: Any) -> int | None:
-    """Bytes that a program needs by XLA's analysis of it; None where there is none."""
     if analysis is None:
         return None
-    return (
+    planned = (
         analysis.argument_size_in_bytes
         + analysis.output_size_in_bytes
         + analysis.temp_size_in_bytes
         - analysis.alias_size_in_bytes
     )
+    return Memory(planned, "planned by the compiled program")
