@@ -55,7 +55,11 @@ def benchmark_job(config: ConfigDict, workdir: Path) -> int:
     step = Step(config, workdir, where, split)
     parts = [step.found, step.parts(), step.scoring()]
     mesh.say("metrics and input are timed")
-    parts += [metrics(config, where, split), reading(config, where, split, reason, step.steps)]
+    parts.append(metrics(config, where, split))
+    if split is None:
+        parts.append(without_reading(reason))
+    else:
+        parts.append(reading(config, where, split, step.steps))
     rows = [described(config, where), *(row for part in parts for row in part.rows)]
     for part in parts:
         found |= part.numbers
@@ -217,17 +221,19 @@ def metrics(config: ConfigDict, where: jax.sharding.Mesh, split: layouts.Split |
     return Found([row], {"metric_images": images, "metric_seconds": took._asdict()})
 
 
+def without_reading(reason: str) -> Found:
+    """Why the input pipeline was left out."""
+    row = Row("input pipeline", "left out", f"the data cannot be read: {reason}")
+    return Found([row], {"reading": None, "reading_left_out": reason})
+
+
 def reading(
     config: ConfigDict,
     where: jax.sharding.Mesh,
-    split: layouts.Split | None,
-    reason: str,
+    split: layouts.Split,
     steps: Steps,
 ) -> Found:
-    """The input pipeline and the wait for it, or why they were left out."""
-    if split is None:
-        rows = [Row("input pipeline", "left out", f"the data cannot be read: {reason}")]
-        return Found(rows, {"reading": None, "reading_left_out": reason})
+    """The input pipeline, and the wait for it."""
     cache_bytes = int(config.data.cache_gib * 2**30)
     source = Source(
         records=split.train,

@@ -34,12 +34,13 @@ def training_rows(
     `peak` is what one device, of this kind, can do at most, in FLOP/s.
     """
     times = training.times
-    cache = jax.config.read("jax_compilation_cache_dir")
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     mean = times.total / len(times.seconds)
     done = training.flops / devices / mean
     repeats = f"{len(times.seconds)} steps"
     if peak is None:
-        mfu = Row("MFU", "unknown peak", f"no peak is known of {kind}; --config.run.peak_tflops")
+        how = f"no peak is known of {kind}; config.run.peak_tflops may say it"
+        mfu = Row("MFU", "unknown peak", how)
     else:
         mfu = Row("MFU", f"{done / peak:.1%}", f"of {peak / 1e12:.0f} TFLOP/s of a device")
     return [
