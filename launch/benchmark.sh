@@ -9,9 +9,9 @@ Usage: launch/benchmark.sh OUT [--small]
 Runs on the devices at hand, and writes into the folder OUT, a log for each part: the tests of
 ccl_jax that need no data (where pytest is installed), the published training step for batches of
 16, 64 and 128 images of 256x256 in float32 and bfloat16, a profile of one of them with its ten
-longest kernels, and the comparison with PyTorch (where it is installed). Needs no data, no weights,
-and of the dependencies only jax, flax, optax, orbax, jaxtyping and tqdm. OUT/summary.txt says what
-was done; the exit status is 1 if a part failed.
+longest kernels, and the comparison with PyTorch (where it is installed). Needs no data and no
+weights, and of the dependencies only jax, flax, optax, orbax, jaxtyping, safetensors, filelock and
+tqdm. OUT/summary.txt says what was done; the exit status is 1 if a part failed.
 
   --small  sizes for a CPU: ResNet-18, 64x64, 4 images, 2 steps
   PYTHON   the interpreter; without it that of the project's .venv, else python3
