@@ -277,12 +277,13 @@ QUICK = {
 
 
 @pytest.mark.slow
-def test_benchmark_of_a_config_writes_table_numbers_and_page(photos, tmp_path, capsys):
+def test_benchmark_of_a_config_writes_table_numbers_and_page(photos, tmp_path, capsys, monkeypatch):
     page = tmp_path / "speed.md"
     settings = QUICK | {"data.root": photos, "benchmark.page": page}
     words = [*command("benchmark", tmp_path / "run", **settings)]
     words += ["--config", str(ROOT / "configs/folder.py")]
     page.write_text("# Speed\n\n## Elsewhere\n\nfast\n")
+    monkeypatch.setattr(sys, "argv", words)  # whose command stands in the table
     assert main(words) == 0
     found = json.loads((tmp_path / "run" / "benchmark.json").read_text())
     rows = {row["what"]: row["value"] for row in found["rows"]}
