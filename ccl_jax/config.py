@@ -35,6 +35,7 @@ HOW_TO_RUN = (
     "predict",
     "published",
     "pretrain",
+    "benchmark",
     "run",
 )
 

@@ -15,7 +15,7 @@ from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.run_log import RunLog
 from ccl_jax.signals import Stopped, StopRequest
 from ccl_jax.state import TrainState
-from ccl_jax.throughput import count_flops
+from ccl_jax.throughput import Throughput, count_flops
 from ccl_jax.watch import Watch
 from ccl_jax.whereabouts import FIRST
 
@@ -167,7 +167,7 @@ class Loop:
         self._log.write(steps[-1], means)
 
 
-def next_batch(batches: Batches, log: RunLog, running: Scalars) -> dict[str, Array]:
+def next_batch(batches: Batches, log: RunLog | Throughput, running: Scalars) -> dict[str, Array]:
     """The next batch; the log learns how long the devices waited for it.
 
     `running` comes from the step before. Where the batch is not there, that step is waited for

@@ -10,7 +10,8 @@ checkpoint of a running training; predict scores your images
 (--config.published.checkpoint=FILE), export writes one; prepare generates or counts the data, with
 --config.data.check=full opens all of it and says what is wrong, and with
 --config.data.source=prepared writes it as shards; baseline prints what trivial detectors reach;
-pretrain learns an encoder from procedural images (configs/pretrain.py). evaluate, predict and
+benchmark times training, its parts, scoring, metrics and input on the devices at hand; pretrain
+learns an encoder from procedural images (configs/pretrain.py). evaluate, predict, benchmark and
 export need no --config: the workdir knows its own. configs/default.py lists every setting with its
 unit.
 
@@ -35,8 +36,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import config_flags
 
+from ccl_jax import benchmark_job, data_jobs, exchange, follow, jobs, mesh, notices
 from ccl_jax import config as configs
-from ccl_jax import data_jobs, exchange, follow, jobs, mesh, notices
 from ccl_jax.signals import StopRequest
 from ccl_jax.validation import validate
 
@@ -48,12 +49,13 @@ JOBS: dict[str, Callable[[configs.ConfigDict, Path], int]] = {
     "export": exchange.export_job,
     "prepare": data_jobs.prepare_job,
     "baseline": jobs.baseline_job,
+    "benchmark": benchmark_job.benchmark_job,
     "pretrain": jobs.pretrain_job,
 }
 # Of the others, import then takes the published recipe, and the rest WORKDIR/config.json.
 NEEDS_CONFIG = ("train", "prepare", "pretrain")
-NEEDS_WORKDIR = ("train", "evaluate", "predict", "import", "export", "pretrain")
-NEEDS_NO_DATA = ("predict", "import", "export", "pretrain")
+NEEDS_WORKDIR = ("train", "evaluate", "predict", "import", "export", "benchmark", "pretrain")
+NEEDS_NO_DATA = ("predict", "import", "export", "benchmark", "pretrain")
 PACKAGE = os.path.dirname(os.path.abspath(__file__))
 PUBLISHED_RECIPE = Path(PACKAGE).parent / "configs" / "default.py"  # absent without the sources
 

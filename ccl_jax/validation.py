@@ -10,7 +10,7 @@ from ccl_jax.metrics.scores import METRICS
 from ccl_jax.models.pretrained import check_builtin
 from ccl_jax.problems import Problems, is_integer, is_number
 from ccl_jax.validation_pretraining import check_pretraining
-from ccl_jax.validation_run import check_faults
+from ccl_jax.validation_run import check_benchmark, check_faults
 
 ENCODERS = ("resnet10", "resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 
@@ -35,6 +35,7 @@ def validate(config: ConfigDict, *, needs_data: bool = True) -> None:
         _train,
         _evaluate_and_predict,
         check_pretraining,
+        check_benchmark,
         _run,
         check_faults,
     ):

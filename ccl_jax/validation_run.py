@@ -1,4 +1,4 @@
-"""Illegal values of the settings for when and how a run ends."""
+"""Illegal values of the settings for when and how a run ends, and of a benchmark."""
 
 from ccl_jax.problems import Problems, is_integer, is_number
 from ccl_jax.signals import SIGNALS
@@ -25,3 +25,17 @@ def check_faults(p: Problems) -> None:
         600.0,
     )
     p.number("run.peak_tflops", 0.0, 1e6, 989.0)
+
+
+def check_benchmark(p: Problems) -> None:
+    """Adds what is wrong with the settings of `--job benchmark`."""
+    p.integer("benchmark.steps", 1, 20)
+    p.integer("benchmark.warm_up", 1, 3)
+    p.integer("benchmark.images", 1, 320)
+    p.integer("benchmark.metric_images", 0, 1725)
+    p.check(
+        "benchmark.page",
+        lambda v: v == "" or (isinstance(v, str) and v.endswith(".md")),
+        'a Markdown file, or "" for none',
+        "docs/benchmarks.md",
+    )

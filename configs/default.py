@@ -33,6 +33,7 @@ def get_config(method: str = "rd_ccl") -> config_dict.ConfigDict:
             "predict": predict(),
             "published": published(),
             "pretrain": pretrain(),
+            "benchmark": benchmark(),
             "run": run(),
         }
     )
@@ -268,6 +269,19 @@ def episodes() -> dict:
         "decay_share": 0.4,  # of the steps, as above
         "checkpoint_every": 200,  # steps
         "log_every": 50,  # steps between lines in the log
+    }
+
+
+def benchmark() -> dict:
+    """What `--job benchmark` times; images a batch: train.batch_size and eval.batch_size."""
+    return {
+        "steps": 20,  # that are timed, of the training and of each of its parts
+        "warm_up": 3,  # steps before them that do not count
+        "images": 320,  # of the training data, that are read to time the input pipeline
+        # Score maps whose metrics are timed; 0: as many as there are test images, or 1725 (as MVTec
+        # AD has) where the data are not at hand.
+        "metric_images": 0,
+        "page": "",  # Markdown page whose part the table replaces, as docs/benchmarks.md; "": none
     }
 
 

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ccl_jax import config as configs
-
 jax.config.update("jax_num_cpu_devices", 4)
 
 ROOT = Path(__file__).parent.parent
@@ -84,6 +82,8 @@ def photos(tmp_path_factory):
 
 def make_tiny_config(photos):
     """The smallest training that uses everything: ResNet-10, 64 pixels, four images a step."""
+    from ccl_jax import config as configs  # needs ml_collections, which GPU images often lack
+
     config = configs.read_config_file(ROOT / "configs/folder.py")
     config.name = "tiny"
     config.data.root = str(photos)

@@ -72,6 +72,7 @@ def start(script: Path, *arguments: str, **environment: str):
 def test_there_is_a_script_for_every_place():
     names = {path.name for path in LAUNCH.iterdir()}
     assert names == {
+        "benchmark.sh",
         "local.sh",
         "multiprocess_cpu.sh",
         "slurm.sbatch",

@@ -21,12 +21,14 @@ LAYERS = {
     **dict.fromkeys(("scoring", "ahead", "objective"), 2),  # what evaluate, predict and train share
     "loop": 2,
     **dict.fromkeys(("train", "evaluate", "predict", "follow"), 3),
-    **dict.fromkeys(("baseline", "benchmark", "compare", "pretraining"), 3),
+    **dict.fromkeys(("baseline", "compare", "pretraining"), 3),
+    "benchmark": 3.5,  # times what a training does
     **dict.fromkeys(
         ("main", "config", "validation", "validation_pretraining", "problems", "settings"), 4
     ),
     **dict.fromkeys(("settle", "setup", "jobs", "data_jobs", "exchange", "datasets", "prepare"), 4),
     **dict.fromkeys(("notices", "validation_run"), 4),
+    "benchmark_job": 4,
 }
 DOOR = 4
 

@@ -1,0 +1,109 @@
+#!/usr/bin/env bash
+# Measures the speed of this machine's devices; goes on where one part fails, and says so at the end.
+set -euo pipefail
+
+usage() {
+  cat <<'TEXT'
+Usage: launch/benchmark.sh OUT [--small]
+
+Runs on the devices at hand, and writes into the folder OUT, a log for each part: the tests of
+ccl_jax that need no data (where pytest is installed), the published training step for batches of
+16, 64 and 128 images of 256x256 in float32 and bfloat16, a profile of one of them with its ten
+longest kernels, and the comparison with PyTorch (where it is installed). Needs no data and no
+weights, and of the dependencies only jax, flax, optax, orbax, jaxtyping, safetensors, filelock and
+tqdm. OUT/summary.txt says what was done; the exit status is 1 if a part failed.
+
+  --small  sizes for a CPU: ResNet-18, 64x64, 4 images, 2 steps
+  PYTHON   the interpreter; without it that of the project's .venv, else python3
+
+Example: launch/benchmark.sh runs/benchmark
+TEXT
+}
+
+if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+  usage
+  exit 0
+fi
+out= small=
+for word; do
+  case $word in
+    --small) small=yes ;;
+    -*) usage >&2 && exit 2 ;;
+    *) out=$word ;;
+  esac
+done
+if [[ -z $out ]]; then
+  usage >&2
+  exit 2
+fi
+
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+python=${PYTHON:-$root/.venv/bin/python}
+if [[ -z ${PYTHON:-} && ! -x $python ]]; then
+  python=python3
+fi
+cd "$root"
+
+batches="16 64 128" size=256 encoder=wide_resnet50_2 steps=20 warm_up=3
+if [[ -n $small ]]; then
+  batches=4 size=64 encoder=resnet18 steps=2 warm_up=1
+fi
+: >"$out/summary.txt"
+status=0
+
+note() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
+
+part() { # NAME COMMAND...: its output goes to the terminal and to OUT/NAME.log
+  local name=$1 code=0
+  shift
+  "$@" 2>&1 | tee "$out/$name.log" || code=$?
+  if [[ $code -eq 0 ]]; then
+    note "done: $name"
+  else
+    note "FAILED with status $code: $name, see $out/$name.log"
+    status=1
+  fi
+}
+
+has() { "$python" -c "import importlib.util, sys; sys.exit(importlib.util.find_spec('$1') is None)"; }
+
+if command -v nvidia-smi >/dev/null; then
+  part devices nvidia-smi
+fi
+tests=(tests/test_losses.py tests/test_augment.py tests/test_network.py tests/test_anomaly_map.py)
+if [[ -n $small ]]; then
+  tests=(tests/test_anomaly_map.py)
+fi
+if has pytest && has beartype; then
+  # The tests take the CPU unless told otherwise; "" lets JAX choose. Their bounds are those of
+  # float32, not of TF32.
+  part tests env JAX_PLATFORMS="${JAX_PLATFORMS-}" JAX_DEFAULT_MATMUL_PRECISION=highest \
+    "$python" -m pytest -q -p no:cacheprovider -k "not four_devices" "${tests[@]}"
+else
+  note "left out: tests, because pytest or beartype is not installed"
+fi
+
+for dtype in float32 bfloat16; do
+  for batch in $batches; do
+    extra=()
+    if [[ $batch == 16 && $dtype == bfloat16 || -n $small && $dtype == float32 ]]; then
+      extra=(--profile "$out/profile-$batch-$dtype")
+    fi
+    part "step-$batch-$dtype" "$python" -m ccl_jax.benchmark.step --batch "$batch" --dtype "$dtype" \
+      --encoder "$encoder" --image-size "$size" --steps "$steps" --warm-up "$warm_up" \
+      --json "$out/step-$batch-$dtype.json" "${extra[@]}"
+  done
+done
+
+if [[ ! -f tests/reference/speed_torch.py ]]; then
+  note "left out: PyTorch, because tests/reference/speed_torch.py is not there"
+elif ! has torch; then
+  note "left out: PyTorch, because torch is not installed"
+else
+  part torch "$python" -m tests.reference.speed_torch --batches "${batches// /,}" \
+    --image-size "$size" --encoder "$encoder" --json "$out/torch.json"
+fi
+note "all is in $out"
+exit "$status"
