@@ -68,7 +68,6 @@ class Timed:
         self.pictures = [
             jax.device_put({"image": batch.clean, "label": batch.labels}) for batch in batches
         ]
-        self.next = itertools.cycle(range(len(batches)))
         self.maps = MapSettings(options["image_size"], 0.0, "add", "cosine", 1)
         self.states: dict[str, state.TrainState] = {}
         update = train.make_update(self.graphdef, self.optimizer, LOSSES)
@@ -99,14 +98,15 @@ class Timed:
             opt_state=self.optimizer.init(params),
         )
 
-    def trained(self, purpose: str, advance: Callable[[state.TrainState], tuple]) -> Job:
-        """A job of training steps on a state of its own."""
+    def trained(self, purpose: str, advance: Callable[..., tuple], batches: list) -> Job:
+        """A job of training steps on a state of its own, from the first batch on."""
+        next_of = itertools.cycle(batches)
 
         def job(steps: int) -> dict[str, Any]:
             now = self.states.pop(purpose, None) or self.fresh()
             rows = []
             for _ in range(steps):
-                now, scalars = advance(now)
+                now, scalars = advance(now, next(next_of))
                 rows.append(scalars)
             self.states[purpose] = jax.block_until_ready(now)
             names = ("cosine", "local", "global")
@@ -114,27 +114,29 @@ class Timed:
 
         return job
 
-    def given_views(self, now: state.TrainState) -> tuple:
-        clean, augmented, labels, negatives = self.given[next(self.next)]
+    def given_views(self, now: state.TrainState, batch: tuple) -> tuple:
+        clean, augmented, labels, negatives = batch
         key = jax.random.key(0)
         return self.update(now, self.frozen, clean, augmented, labels, key=key, negatives=negatives)
 
-    def whole_step(self, now: state.TrainState) -> tuple:
-        return self.step(now, self.frozen, self.pictures[next(self.next)], now.step + 0)
+    def whole_step(self, now: state.TrainState, batch: dict) -> tuple:
+        return self.step(now, self.frozen, batch, now.step + 0)
 
-    def infer(self, steps: int) -> dict[str, Any]:
-        maps = [
-            score_images(
-                self.graphdef,
-                self.params,
-                self.batch_stats,
-                self.pictures[next(self.next)]["image"],
-                settings=self.maps,
-            ).maps
-            for _ in range(steps)
-        ]
-        jax.block_until_ready(maps)
-        return {"terms": {"mean score": float(maps[0].mean())}}
+    def inference(self) -> Job:
+        """A job of batches scored, from the first on."""
+        next_of = itertools.cycle(self.pictures)
+        settings = self.maps
+
+        def job(steps: int) -> dict[str, Any]:
+            trees = (self.graphdef, self.params, self.batch_stats)
+            maps = [
+                score_images(*trees, next(next_of)["image"], settings=settings).maps
+                for _ in range(steps)
+            ]
+            jax.block_until_ready(maps)
+            return {"terms": {"mean score": float(maps[0].mean())}}
+
+        return job
 
     def part(self, function: Callable, *arguments: Any) -> Job:
         """A job of one part alone, jitted."""
@@ -212,9 +214,9 @@ class Jobs(dict[str, Job]):
         super().__init__()
         self._add(
             {
-                "training": timed.trained("training", timed.given_views),
-                "whole step": timed.trained("whole step", timed.whole_step),
-                "inference": timed.infer,
+                "training": timed.trained("training", timed.given_views, timed.given),
+                "whole step": timed.trained("whole step", timed.whole_step, timed.pictures),
+                "inference": timed.inference(),
             }
         )
 

@@ -135,7 +135,8 @@ def measure(worker: Worker, row: Row) -> None:
         raise RuntimeError(f"{row.way}, {row.task}, {row.variant}: {answer['error']}")
     row.seconds.append(answer["seconds"])
     row.cpu_seconds.append(answer["cpu_seconds"])
-    print(f"{row.way}, {row.task}, {row.variant}: {1e3 * answer['seconds']:.1f} ms", flush=True)
+    wall, cpu = 1e3 * answer["seconds"], 1e3 * answer["cpu_seconds"]
+    print(f"{row.way}, {row.task}, {row.variant}: {wall:.1f} ms, CPU {cpu:.1f} ms", flush=True)
 
 
 class Contest(NamedTuple):
