@@ -23,15 +23,15 @@ from tests.reference.views import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 ECHO = f"""
-import json, sys, time
+import json, os, sys, time
 sys.path.insert(0, {str(ROOT)!r})
 from tests.reference.speed_protocol import serve
 
 options = json.loads(sys.argv[1])
-print("a library's banner")
 
 def sleep(steps):
     print("noise between the answers")
+    os.system("echo and of a compiler")
     time.sleep(0.02 * steps)
     return {{"terms": {{"loss": options["loss"]}}}}
 
@@ -62,7 +62,7 @@ def test_a_worker_answers_whatever_its_libraries_print_and_outlives_a_job_that_f
     assert echo.ask("fail", 1) == {"error": "OSError: no compiler at all"}
     answer = echo.ask("sleep", 2)
     assert answer["terms"] == {"loss": 0.5}
-    assert 0.02 <= answer["seconds"] < 2 and 0 <= answer["cpu_seconds"] < 0.02
+    assert 0.02 <= answer["seconds"] and 0 <= answer["cpu_seconds"] < 0.5
 
 
 def test_a_worker_that_ends_is_named_with_its_status(echo):
