@@ -62,7 +62,7 @@ def test_a_worker_answers_whatever_its_libraries_print_and_outlives_a_job_that_f
     assert echo.ask("fail", 1) == {"error": "OSError: no compiler at all"}
     answer = echo.ask("sleep", 2)
     assert answer["terms"] == {"loss": 0.5}
-    assert 0.02 <= answer["seconds"] and 0 <= answer["cpu_seconds"] < 0.5
+    assert answer["seconds"] >= 0.02 and 0 <= answer["cpu_seconds"] < 0.5
 
 
 def test_a_worker_that_ends_is_named_with_its_status(echo):
@@ -102,6 +102,18 @@ def test_the_quickest_variant_that_works_is_measured_and_the_others_failures_are
     assert speed_torch.failures([row]) == [
         "PyTorch tuned, compiled, training, 8 images: failed, no compiler"
     ]
+
+
+def test_only_the_quicker_dtype_is_compiled():
+    worker = Script()
+    worker.jobs = {
+        "float32, eager: training": 0.4,
+        "bfloat16, eager: training": 0.2,
+        "bfloat16, compiled: training": 0.1,
+    }
+    variants = [f"{t}, {how}" for how in ("eager", "compiled") for t in ("float32", "bfloat16")]
+    assert speed_torch.started(worker, WAY, "training", variants).variant == "bfloat16, compiled"
+    assert "float32, compiled: training" not in [job for job, _ in worker.asked]
 
 
 def test_where_no_variant_works_the_row_says_so_and_nothing_is_measured():
