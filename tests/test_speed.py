@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -272,7 +273,7 @@ def test_the_quicker_losses_and_their_gradients_are_the_twins(torch_side):
         ),
     )
     for want, got, inputs in pairs:
-        assert float(got) == pytest.approx(float(want), rel=1e-12)
+        assert got.item() == pytest.approx(want.item(), rel=1e-12)
         gradients = zip(
             torch.autograd.grad(want, inputs), torch.autograd.grad(got, inputs), strict=True
         )
@@ -286,9 +287,8 @@ def test_the_twins_score_maps_are_ours(torch_side):
         [rng.normal(size=(2, side, side, c)).astype(np.float32) for side, c in ((8, 5), (4, 7))]
         for _ in range(2)
     )
-    ours = anomaly_map.score_map(
-        targets, rebuilt, size=32, sigma=0.0, combine="add", distance="cosine"
-    )
+    arrays = ([jnp.asarray(x) for x in side] for side in (targets, rebuilt))
+    ours = anomaly_map.score_map(*arrays, size=32, sigma=0.0, combine="add", distance="cosine")
     theirs = fast.summed_distances(
         *([torch.tensor(x.transpose(0, 3, 1, 2)) for x in side] for side in (targets, rebuilt)),
         (32, 32),
