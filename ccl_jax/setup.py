@@ -136,7 +136,9 @@ def set_up(
     mesh.barrier("the encoder is written")
     frozen, encoder = read_encoder(workdir / "encoder", architecture)
     optimizer = settings.optimizer_of(config, total)
-    graphdef, *_ = architecture.abstract(norm_images=config.model.norm_images)
+    graphdef, *_ = architecture.abstract(
+        norm_images=config.model.norm_images, remat=config.run.remat
+    )
     return Training(
         graphdef,
         mesh.put_replicated(frozen, where),

@@ -57,9 +57,9 @@ class Architecture(NamedTuple):
         _, params, batch_stats = networks.split(encoder)
         return params, batch_stats
 
-    def abstract(self, *, norm_images: int = 0) -> tuple[Any, dict, dict]:
+    def abstract(self, *, norm_images: int = 0, remat: bool = False) -> tuple[Any, dict, dict]:
         """Returns (graphdef, params, batch_stats) with shapes instead of arrays."""
-        return networks.abstract_network(**self._asdict(), norm_images=norm_images)
+        return networks.abstract_network(**self._asdict(), norm_images=norm_images, remat=remat)
 
 
 def purpose_key(root: Key[Array, ""], purpose: str, step: Any) -> Key[Array, ""]:

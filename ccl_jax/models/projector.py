@@ -15,6 +15,8 @@ KINDS = ("plain", "depthwise")
 class Projector(nnx.Module):
     """One head per scale: attributes scale0 (finest), scale1, ..."""
 
+    remat = False  # whether a training computes the heads' inner maps again, not keeps them
+
     def __init__(self, channels: tuple[int, ...], kind: str, *, dtype: Dtype, draws: Draws):
         if kind not in KINDS:
             raise ValueError(
@@ -28,8 +30,9 @@ class Projector(nnx.Module):
 
     def __call__(self, maps: Sequence[Float[Array, "b _h _w _c"]]) -> tuple:
         """Projected maps of the same shapes; same in training and at test."""
+        project = _project_again if self.remat else Head.__call__
         return tuple(
-            getattr(self, f"scale{index}")(scale)
+            project(getattr(self, f"scale{index}"), scale)
             for index, scale in zip(range(self.scales), maps, strict=True)
         )
 
@@ -62,3 +65,9 @@ class Head(nnx.Module):
             maps = instance_norm(getattr(self, f"conv{index}")(maps))
             maps = jax.nn.leaky_relu(maps, 0.01)
         return maps
+
+
+@nnx.remat
+def _project_again(head: Head, maps: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """The head's output; the backward pass computes what is within it anew."""
+    return head(maps)

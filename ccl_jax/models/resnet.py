@@ -133,6 +133,8 @@ class Shortcut(nnx.Module):
 class Stage(nnx.Module):
     """Residual blocks in a row, the first of which resamples: attributes block0, block1, ..."""
 
+    remat = False  # whether a training computes the blocks' inner maps again, not keeps them
+
     def __init__(
         self,
         architecture: Architecture,
@@ -163,7 +165,8 @@ class Stage(nnx.Module):
     def __call__(self, maps: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
         """The output of the last block."""
         for index in range(self.depth):
-            maps = getattr(self, f"block{index}")(maps, train=train)
+            block = getattr(self, f"block{index}")
+            maps = _train_again(block, maps) if self.remat and train else block(maps, train=train)
         return maps
 
 
@@ -199,6 +202,14 @@ class ResNetEncoder(nnx.Module):
             maps = getattr(self, f"layer{index + 1}")(maps, train=train)
             outputs.append(maps)
         return tuple(outputs)
+
+
+@nnx.remat
+def _train_again(
+    block: BasicBlock | Bottleneck, maps: Float[Array, "b h w c"]
+) -> Float[Array, "b h2 w2 c2"]:
+    """The block's output in training; the backward pass computes what is within it anew."""
+    return block(maps, train=True)
 
 
 def _resampling(
