@@ -52,8 +52,8 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             self._lines, useful = _reopen(folder / "metrics.jsonl", start_step)
             self._goodput = Goodput(folder / "goodput.json", useful, wall_clock)
-        if first and tensorboard:
-            self._events = _open_events(folder, start_step)
+        self._events_wanted = first and tensorboard
+        self._folder, self._start_step = folder, start_step
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -136,6 +136,9 @@ class RunLog:
         A line is {"step", "time" (Unix seconds), ...}; what is not finite becomes null, because
         JSON knows no NaN.
         """
+        if self._events_wanted and self._events is None:
+            with self._throughput.paused():
+                self._events = _open_events(self._folder, self._start_step)
         values = {name: float(value) for name, value in scalars.items()}
         speed = self._throughput.figures()
         if speed:
@@ -183,6 +186,6 @@ def _step_of(line: str) -> float:
 
 def _open_events(folder: Path, start_step: int) -> Any:
     """Opens TensorBoard events, which hide those of a killed run beyond `start_step`."""
-    import tensorboardX  # here, because it takes a second that a run without it need not spend
+    import tensorboardX  # here: it takes most of a second, which the first step need not wait for
 
     return tensorboardX.SummaryWriter(str(folder), purge_step=start_step + 1)
