@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from ccl_jax.models.initial import Draws, torch_kernel
 from ccl_jax.models.layers import Conv, DepthwiseConv, Dtype, instance_norm
+from ccl_jax.models.remat import computed_again
 
 KINDS = ("plain", "depthwise")
 
@@ -30,11 +31,11 @@ class Projector(nnx.Module):
 
     def __call__(self, maps: Sequence[Float[Array, "b _h _w _c"]]) -> tuple:
         """Projected maps of the same shapes; same in training and at test."""
-        project = _project_again if self.remat else Head.__call__
-        return tuple(
-            project(getattr(self, f"scale{index}"), scale)
-            for index, scale in zip(range(self.scales), maps, strict=True)
-        )
+        heads = [getattr(self, f"scale{index}") for index in range(self.scales)]
+        pairs = zip(heads, maps, strict=True)
+        if self.remat:
+            return tuple(computed_again(head, Head.__call__, scale) for head, scale in pairs)
+        return tuple(head(scale) for head, scale in pairs)
 
 
 class Head(nnx.Module):
@@ -65,9 +66,3 @@ class Head(nnx.Module):
             maps = instance_norm(getattr(self, f"conv{index}")(maps))
             maps = jax.nn.leaky_relu(maps, 0.01)
         return maps
-
-
-@nnx.remat
-def _project_again(head: Head, maps: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """The head's output; the backward pass computes what is within it anew."""
-    return head(maps)

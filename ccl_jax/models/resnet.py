@@ -6,6 +6,7 @@ The stride sits on the 3x3 convolution of a bottleneck, as in torchvision and ti
 
 import dataclasses
 import difflib
+import functools
 from typing import Literal
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ccl_jax.models.initial import Draws
 from ccl_jax.models.layers import BatchNorm, Conv, Dtype, UpConv, max_pool
+from ccl_jax.models.remat import computed_again
 
 Resample = Literal["same", "down", "up"]  # what a block does to height and width
 
@@ -166,7 +168,12 @@ class Stage(nnx.Module):
         """The output of the last block."""
         for index in range(self.depth):
             block = getattr(self, f"block{index}")
-            maps = _train_again(block, maps) if self.remat and train else block(maps, train=train)
+            if self.remat and train:
+                maps = computed_again(
+                    block, functools.partial(type(block).__call__, train=True), maps
+                )
+            else:
+                maps = block(maps, train=train)
         return maps
 
 
@@ -202,14 +209,6 @@ class ResNetEncoder(nnx.Module):
             maps = getattr(self, f"layer{index + 1}")(maps, train=train)
             outputs.append(maps)
         return tuple(outputs)
-
-
-@nnx.remat
-def _train_again(
-    block: BasicBlock | Bottleneck, maps: Float[Array, "b h w c"]
-) -> Float[Array, "b h2 w2 c2"]:
-    """The block's output in training; the backward pass computes what is within it anew."""
-    return block(maps, train=True)
 
 
 def _resampling(
