@@ -19,7 +19,7 @@ def keep_compiled(folder: str) -> None:
     their processor can do. Processes take turns at the folder (a lock), and of a run of several
     only the first writes. An entry that cannot be read is compiled anew, with a warning.
     """
-    if not folder or jax.config.jax_compilation_cache_dir:
+    if not folder or jax.config.values["jax_compilation_cache_dir"]:
         return
     path = Path(folder).expanduser()
     try:

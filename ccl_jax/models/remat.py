@@ -16,7 +16,8 @@ def computed_again(
     """
     # Not `nnx.remat`: it writes to parameters too, which a module must not where only shapes of it
     # are traced.
-    graphdef, params, statistics = nnx.split(module, nnx.Param, nnx.BatchStat)
+    graphdef = nnx.graphdef(module)
+    params, statistics = nnx.state(module, nnx.Param), nnx.state(module, nnx.BatchStat)
 
     @jax.checkpoint
     def run(params: PyTree, statistics: PyTree, maps: jax.Array) -> tuple[jax.Array, PyTree]:

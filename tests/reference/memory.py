@@ -28,8 +28,8 @@ from ccl_jax import config as configs
 from ccl_jax import mesh, settings, setup
 from ccl_jax.benchmark.page import machine, replace_part
 from ccl_jax.config import ConfigDict
-from ccl_jax.scoring import architecture_of
 from ccl_jax.models import network as networks
+from ccl_jax.scoring import architecture_of
 from ccl_jax.state import TRAINED, Frozen, init_state, split_parts
 
 GIB = 2**30
@@ -134,10 +134,11 @@ def main() -> None:
         f"`{command} --config {chosen.config} --dtype {chosen.dtype} --remat {chosen.remat}`"
         + (f" with `XLA_FLAGS={flags}`" if flags else "")
         + f", jax {jax.__version__}, jaxlib {version('jaxlib')}, flax {version('flax')}, "
-        f"{datetime.date.today()}\n\nGiB of one training step ({what}), as this platform's "
-        f"compiler plans them; a GPU's plans otherwise, and only there does `run.remat` shorten the "
-        f'plan: "kept" is what the forward pass leaves for the backward pass. Wanted: the published recipe (batch 16, '
-        f"256x256) within {limits}.\n\n{table(rows)}\n"
+        f"{datetime.date.today()}\n\n"
+        f"GiB of one training step ({what}), as this platform's compiler plans them; a GPU's plans "
+        f"otherwise, and only there does `run.remat` shorten the plan. Kept: what the forward pass "
+        f"leaves for the backward pass, before any compiler. Wanted: the published recipe (batch "
+        f"16, 256x256) within {limits}.\n\n{table(rows)}\n"
     )
     replace_part(chosen.page, machine(), "Memory of a training step", body)
 
