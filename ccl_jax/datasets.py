@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from ccl_jax import prepare
 from ccl_jax.config import ConfigDict
-from ccl_jax.data import layouts, synthetic
+from ccl_jax.data import layouts
 from ccl_jax.data.pictures import check_pictures
 from ccl_jax.data.records import check_records
 from ccl_jax.settings import parts_of
@@ -51,6 +51,8 @@ def list_folder(config: ConfigDict, *, for_census: bool = False) -> layouts.Spli
                 f"e.g. --config.data.{key and f'parts.{key}.'}root=/data/photos"
             )
     if data.layout == "synthetic":
+        from ccl_jax.data import synthetic  # here: scipy, which other layouts do without
+
         synthetic.write_benchmark(
             Path(data.root),
             **config.synthetic.to_dict(),

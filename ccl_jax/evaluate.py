@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from ccl_jax import figures, mesh, report
+from ccl_jax import mesh, report
 from ccl_jax.data.records import Record, class_of, read_image, read_mask
 from ccl_jax.metrics import conventions as published
 from ccl_jax.metrics import counts as counting
@@ -257,6 +257,8 @@ def draw(
     drawn: dict[str, list[int]],
 ) -> None:
     """Writes a figure sheet per class, in images of `size` pixels."""
+    from ccl_jax import figures  # matplotlib, which a training need not wait for
+
     for name, indices in drawn.items():
         panels = [
             figures.Panel(

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from ccl_jax import baseline, follow, mesh, notices, report, settings, settle, setup
+from ccl_jax import follow, mesh, notices, report, settings, settle, setup
 from ccl_jax.ahead import Ahead
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
@@ -206,6 +206,8 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
 
 def baseline_job(config: ConfigDict, workdir: Path) -> int:
     """Prints what trivial detectors reach on the data: a floor for every real one."""
+    from ccl_jax import baseline  # here: scipy and scikit-learn
+
     split = read_split(config)
     results = baseline.pixel_statistics_baseline(
         split.train,

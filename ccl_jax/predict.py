@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from ccl_jax import figures, mesh
+from ccl_jax import mesh
 from ccl_jax.data.layouts import plain_images
 from ccl_jax.data.records import as_rgb, read_image
 from ccl_jax.scoring import (
@@ -149,6 +149,8 @@ def predict_files(
     root = source if source.is_dir() else source.parent
     names = [str(path.relative_to(root)) for path in paths]
     overlays = [f"overlays/{name}.png" for name in names]
+    from ccl_jax import figures
+
     scores = np.full(len(paths), np.nan)
     errors: dict[int, str] = {}
     with tempfile.TemporaryFile() as scratch:  # the colour scale is known only after the last image

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from ccl_jax.config import ConfigDict
-from ccl_jax.data import builders, layouts, manifest, remote, shards
+from ccl_jax.data import layouts, manifest, remote, shards
 from ccl_jax.data.layouts import Split
 from ccl_jax.settings import parts_of
 
-Progress = builders.Progress
+Progress = remote.Progress
 
 
 def location_of(config: ConfigDict) -> str:
@@ -34,6 +34,8 @@ def write_prepared(config: ConfigDict, split: Split, progress: Progress | None) 
         ValueError: As `builders.prepare` and `remote.publish`, or where the shards would lie among
             the images.
     """
+    from ccl_jax.data import builders  # tensorflow_datasets, which only this needs
+
     where = location_of(config)
     image_size = config.data.image_size if config.data.prepared_images == "resized" else None
     folder = Path(where)

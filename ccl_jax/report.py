@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import filelock
-from jinja2 import Environment, StrictUndefined
 
 from ccl_jax.atomic import write_atomically
 from ccl_jax.metrics.scores import METRICS, SAMPLE_METRIC
@@ -215,6 +214,8 @@ def _html(folder: Path, title: str, results: Mapping[str, Any]) -> str:
         for name in results["classes"]
         if sheet_path(folder, name).is_file()
     ]
+    from jinja2 import Environment, StrictUndefined
+
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return page.from_string(template).render(
         title=title,

@@ -52,8 +52,8 @@ class RunLog:
             folder.mkdir(parents=True, exist_ok=True)
             self._lines, useful = _reopen(folder / "metrics.jsonl", start_step)
             self._goodput = Goodput(folder / "goodput.json", useful, wall_clock)
-        if first and tensorboard:
-            self._events = _open_events(folder, start_step)
+        self._events_wanted = first and tensorboard
+        self._folder, self._start_step = folder, start_step
         self._bar = tqdm(
             total=total_steps,
             initial=start_step,
@@ -74,6 +74,7 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.close()
+        self._open_events()  # which hides what a killed run left, also where no line came
         if self._events is not None:
             self._events.close()
         if self._lines is not None:
@@ -136,6 +137,7 @@ class RunLog:
         A line is {"step", "time" (Unix seconds), ...}; what is not finite becomes null, because
         JSON knows no NaN.
         """
+        self._open_events()
         values = {name: float(value) for name, value in scalars.items()}
         speed = self._throughput.figures()
         if speed:
@@ -152,6 +154,12 @@ class RunLog:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
+
+    def _open_events(self) -> None:
+        """Opens TensorBoard events, if wanted, before the first line: the first step is past."""
+        if self._events_wanted and self._events is None:
+            with self._throughput.paused():
+                self._events = _open_events(self._folder, self._start_step)
 
     def _line(self, line: Mapping[str, Any]) -> None:
         if self._lines is not None:
@@ -183,6 +191,6 @@ def _step_of(line: str) -> float:
 
 def _open_events(folder: Path, start_step: int) -> Any:
     """Opens TensorBoard events, which hide those of a killed run beyond `start_step`."""
-    import tensorboardX  # here, because it takes a second that a run without it need not spend
+    import tensorboardX  # here: it takes most of a second, which the first step need not wait for
 
     return tensorboardX.SummaryWriter(str(folder), purge_step=start_step + 1)

@@ -14,6 +14,7 @@ from ccl_jax import determinism, mesh, settings
 from ccl_jax.atomic import write_atomically
 from ccl_jax.augment import Recipe
 from ccl_jax.checkpoint import Checkpoints
+from ccl_jax.compiled import keep_compiled
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts, pipeline
 from ccl_jax.data.pictures import DecodedCache, decoded_bytes
@@ -63,6 +64,7 @@ def devices_of(config: ConfigDict, *batches: str, shards: int | None = None) -> 
     """
     if config.run.deterministic:
         determinism.ask_for_it()
+    keep_compiled(config.run.compilation_cache)
     mesh.initialize_distributed(config.run.cluster, heartbeat_seconds=config.run.heartbeat_seconds)
     shards = config.run.parameter_shards if shards is None else shards
     where = mesh.make_mesh(config.run.devices, shards)
@@ -136,7 +138,9 @@ def set_up(
     mesh.barrier("the encoder is written")
     frozen, encoder = read_encoder(workdir / "encoder", architecture)
     optimizer = settings.optimizer_of(config, total)
-    graphdef, *_ = architecture.abstract(norm_images=config.model.norm_images)
+    graphdef, *_ = architecture.abstract(
+        norm_images=config.model.norm_images, remat=config.run.remat
+    )
     return Training(
         graphdef,
         mesh.put_replicated(frozen, where),

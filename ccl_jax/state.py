@@ -1,5 +1,6 @@
 """What is trained, what is frozen, and where every random number comes from."""
 
+import functools
 import hashlib
 import json
 import zlib
@@ -57,9 +58,16 @@ class Architecture(NamedTuple):
         _, params, batch_stats = networks.split(encoder)
         return params, batch_stats
 
-    def abstract(self, *, norm_images: int = 0) -> tuple[Any, dict, dict]:
+    def abstract(self, *, norm_images: int = 0, remat: bool = False) -> tuple[Any, dict, dict]:
         """Returns (graphdef, params, batch_stats) with shapes instead of arrays."""
-        return networks.abstract_network(**self._asdict(), norm_images=norm_images)
+        graphdef, *trees = _abstract(self, norm_images, remat)
+        params, batch_stats = jax.tree.map(lambda leaf: leaf, trees)  # dicts of the caller's own
+        return graphdef, params, batch_stats
+
+
+@functools.cache  # a start asks three times, and each takes a fifth of a second
+def _abstract(architecture: Architecture, norm_images: int, remat: bool) -> tuple[Any, dict, dict]:
+    return networks.abstract_network(**architecture._asdict(), norm_images=norm_images, remat=remat)
 
 
 def purpose_key(root: Key[Array, ""], purpose: str, step: Any) -> Key[Array, ""]:

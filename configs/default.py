@@ -300,6 +300,13 @@ def run() -> dict:
         # Bit for bit the same on GPUs from run to run: --xla_gpu_deterministic_ops=true, without
         # autotuning and atomic sums (how much slower was not measured). CPUs need it not.
         "deterministic": False,
+        # Less device memory, more time: maps within residual blocks and projector heads are not
+        # kept for the backward pass but computed again; same numbers, up to rounding. XLA for CPUs
+        # merges the two computations, so that it changes nothing there.
+        "remat": False,
+        # Folder of compiled programs, from which the next start takes them; "": none is kept. The
+        # environment variable JAX_COMPILATION_CACHE_DIR, where set, names another.
+        "compilation_cache": "~/.cache/ccl_jax/xla",
         "progress": True,  # progress bars
         "tensorboard": True,  # events beside metrics.jsonl
         # At these a training saves and ends: Ctrl-C, and what schedulers send before they kill.

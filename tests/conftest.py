@@ -41,7 +41,8 @@ def pytest_configure(config):
     # A training step compiles for 20 seconds; tests that need the same one compile it once.
     cache = getattr(config, "cache", None)  # absent under -p no:cacheprovider
     if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        folder = os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("jax")))
+        jax.config.update("jax_compilation_cache_dir", folder)  # and that of processes they start
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -102,6 +103,7 @@ def make_tiny_config(photos):
     config.run.devices = 1
     config.run.tensorboard = False
     config.run.progress = False
+    config.run.compilation_cache = ""  # but the tests' own, see above
     return config
 
 

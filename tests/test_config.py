@@ -178,6 +178,8 @@ BAD = {
     "run.peak_tflops": -1.0,
     "model.norm_images": -1,
     "run.deterministic": "yes",
+    "run.remat": 1,
+    "run.compilation_cache": None,
 }
 
 

@@ -14,7 +14,7 @@ LAYERS = {
     **dict.fromkeys(("collectives", "matching", "augment", "anomaly_map", "figures"), 0),
     **dict.fromkeys(("throughput", "whereabouts", "ending"), 0),
     **dict.fromkeys(("data", "metrics", "models"), 0),  # each may import itself
-    **dict.fromkeys(("mesh", "checksums", "retention", "determinism"), 0),
+    **dict.fromkeys(("mesh", "checksums", "retention", "determinism", "compiled"), 0),
     **dict.fromkeys(("state", "checkpoint", "run_log", "workdir", "report"), 1),
     **dict.fromkeys(("losses", "provenance", "signals", "watch"), 1),
     **dict.fromkeys(("pseudo_labels", "evaluation_log"), 1),

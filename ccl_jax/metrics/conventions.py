@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Num
-from sklearn import metrics
 
 from ccl_jax.metrics.scores import PixelHistogram, mean_up_to
 
@@ -163,7 +162,14 @@ def _auroc_and_ap(
     predicted = normal + anomalous
     precision = np.divide(anomalous, predicted, out=np.ones_like(predicted), where=predicted > 0)
     recall = anomalous / anomalous[-1]
-    return float(metrics.auc(normal / normal[-1], recall)), float(metrics.auc(recall, precision))
+    return _area(normal / normal[-1], recall), _area(recall, precision)
+
+
+def _area(x: Float[np.ndarray, "points"], y: Float[np.ndarray, "points"]) -> float:
+    """The area by trapezoids under a curve whose x only rise or only fall."""
+    from sklearn import metrics
+
+    return float(metrics.auc(x, y))
 
 
 def _above(
@@ -183,7 +189,7 @@ def _stretched_aupro(pixels: PixelHistogram, steps: int) -> float | None:
     rates, overlap = rates[kept], region[kept] / pixels.regions
     if not kept.any() or rates.min() == rates.max():
         return None
-    return float(metrics.auc((rates - rates.min()) / (rates.max() - rates.min()), overlap))
+    return _area((rates - rates.min()) / (rates.max() - rates.min()), overlap)
 
 
 def _overlaps(

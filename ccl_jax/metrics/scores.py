@@ -12,10 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int, Num
-from scipy import ndimage
-from sklearn import metrics
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
 
 IMAGE_METRICS = ("image_auroc", "image_ap", "image_f1_max")
 PIXEL_METRICS = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "pixel_aupro")
@@ -43,6 +39,8 @@ def auroc(
     """Chance that an anomalous score exceeds a normal one, ties counting half."""
     if not _two_sided(scores, anomalous):
         return None
+    from sklearn import metrics
+
     return float(metrics.roc_auc_score(anomalous, scores, sample_weight=weights))
 
 
@@ -54,6 +52,8 @@ def average_precision(
     """Precision averaged over the anomalous scores, as steps without interpolation."""
     if not _two_sided(scores, anomalous):
         return None
+    from sklearn import metrics
+
     return float(metrics.average_precision_score(anomalous, scores, sample_weight=weights))
 
 
@@ -65,6 +65,8 @@ def f1_max(
     """Greatest F1 over all thresholds: the threshold is chosen on the data it is judged by."""
     if not _two_sided(scores, anomalous):
         return None
+    from sklearn import metrics
+
     precision, recall, _ = metrics.precision_recall_curve(anomalous, scores, sample_weight=weights)
     both = precision + recall
     f1 = np.divide(2 * precision * recall, both, out=np.zeros_like(both), where=both > 0)
@@ -245,11 +247,15 @@ def neck_v_measure(
             "the pooled neck codes contain NaN or infinite values; the checkpoint has most likely "
             "diverged: evaluate an earlier step (--config.eval.step)."
         )
+    from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.metrics import v_measure_score
+
     with warnings.catch_warnings():
         # Fewer distinct codes than classes is a result (a collapsed neck), not a mistake.
         warnings.simplefilter("ignore", ConvergenceWarning)
         clusters = KMeans(classes, n_init=10, random_state=seed).fit_predict(codes)
-    return float(metrics.v_measure_score(labels, clusters))
+    return float(v_measure_score(labels, clusters))
 
 
 def _two_sided(scores: np.ndarray, anomalous: np.ndarray) -> bool:
@@ -270,6 +276,8 @@ def _raise_if_nan(scores: np.ndarray, name: str = "") -> None:
 
 
 def _region_weights(mask: np.ndarray) -> tuple[np.ndarray, int]:
+    from scipy import ndimage
+
     which, regions = ndimage.label(mask > 0, structure=_EIGHT_NEIGHBOURS)
     sizes = np.bincount(which.ravel(), minlength=regions + 1)
     per_region = np.concatenate([[0.0], 1.0 / sizes[1:]])

@@ -163,7 +163,10 @@ class BatchNorm(nnx.Module):
         unbiased = variance * (count / max(count - 1, 1))
         for running, new in ((self.mean, mean), (self.var, unbiased)):
             old = running[...]
-            running[...] = (self.momentum * old + (1 - self.momentum) * new).astype(old.dtype)
+            mixed = self.momentum * old + (1 - self.momentum) * new
+            # Not `running[...] = `, which asks a traced value for its sharding: the error message
+            # behind that walks through all of the program so far, a third of a step's tracing.
+            running.set_value(mixed.astype(old.dtype))
 
 
 def instance_norm(maps: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:

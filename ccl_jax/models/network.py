@@ -18,7 +18,7 @@ from ccl_jax.models.initial import Draws
 from ccl_jax.models.layers import BatchNorm
 from ccl_jax.models.layers import compute_dtype as dtype_of
 from ccl_jax.models.projector import Projector
-from ccl_jax.models.resnet import ResNetEncoder
+from ccl_jax.models.resnet import ResNetEncoder, Stage
 from ccl_jax.models.reverse import Decoder, Neck
 
 Maps = tuple[jax.Array, ...]  # one per scale, fine to coarse
@@ -152,11 +152,18 @@ def build_network(
 
 
 def abstract_network(
-    *, family: str, encoder: str, projector: str, compute_dtype: str, norm_images: int = 0
+    *,
+    family: str,
+    encoder: str,
+    projector: str,
+    compute_dtype: str,
+    norm_images: int = 0,
+    remat: bool = False,
 ) -> tuple[nnx.GraphDef, Tree, Tree]:
     """Structure, parameters and running statistics as shapes; allocates nothing.
 
     In training BatchNorm takes its statistics over groups of `norm_images` images; 0: over all.
+    With `remat` the backward pass computes the maps within blocks and heads again.
     """
     network = nnx.eval_shape(
         lambda: _assemble(
@@ -170,6 +177,8 @@ def abstract_network(
     for _, module in nnx.iter_modules(network):
         if isinstance(module, BatchNorm):
             module.images = norm_images
+        if isinstance(module, Stage | Projector):
+            module.remat = remat
     return split(network)
 
 

@@ -8,12 +8,15 @@ from jaxtyping import Array, Float
 
 from ccl_jax.models.initial import Draws, torch_kernel
 from ccl_jax.models.layers import Conv, DepthwiseConv, Dtype, instance_norm
+from ccl_jax.models.remat import computed_again
 
 KINDS = ("plain", "depthwise")
 
 
 class Projector(nnx.Module):
     """One head per scale: attributes scale0 (finest), scale1, ..."""
+
+    remat = False  # whether a training computes the heads' inner maps again, not keeps them
 
     def __init__(self, channels: tuple[int, ...], kind: str, *, dtype: Dtype, draws: Draws):
         if kind not in KINDS:
@@ -28,10 +31,11 @@ class Projector(nnx.Module):
 
     def __call__(self, maps: Sequence[Float[Array, "b _h _w _c"]]) -> tuple:
         """Projected maps of the same shapes; same in training and at test."""
-        return tuple(
-            getattr(self, f"scale{index}")(scale)
-            for index, scale in zip(range(self.scales), maps, strict=True)
-        )
+        heads = [getattr(self, f"scale{index}") for index in range(self.scales)]
+        pairs = zip(heads, maps, strict=True)
+        if self.remat:
+            return tuple(computed_again(head, Head.__call__, scale) for head, scale in pairs)
+        return tuple(head(scale) for head, scale in pairs)
 
 
 class Head(nnx.Module):

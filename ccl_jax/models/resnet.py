@@ -6,6 +6,7 @@ The stride sits on the 3x3 convolution of a bottleneck, as in torchvision and ti
 
 import dataclasses
 import difflib
+import functools
 from typing import Literal
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float
 
 from ccl_jax.models.initial import Draws
 from ccl_jax.models.layers import BatchNorm, Conv, Dtype, UpConv, max_pool
+from ccl_jax.models.remat import computed_again
 
 Resample = Literal["same", "down", "up"]  # what a block does to height and width
 
@@ -134,6 +136,8 @@ class Shortcut(nnx.Module):
 class Stage(nnx.Module):
     """Residual blocks in a row, the first of which resamples: attributes block0, block1, ..."""
 
+    remat = False  # whether a training computes the blocks' inner maps again, not keeps them
+
     def __init__(
         self,
         architecture: Architecture,
@@ -164,7 +168,13 @@ class Stage(nnx.Module):
     def __call__(self, maps: Float[Array, "b h w c"], *, train: bool) -> Float[Array, "b h2 w2 c2"]:
         """The output of the last block."""
         for index in range(self.depth):
-            maps = getattr(self, f"block{index}")(maps, train=train)
+            block = getattr(self, f"block{index}")
+            if self.remat and train:
+                maps = computed_again(
+                    block, functools.partial(type(block).__call__, train=True), maps
+                )
+            else:
+                maps = block(maps, train=train)
         return maps
 
 

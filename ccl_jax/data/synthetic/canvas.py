@@ -8,7 +8,6 @@ import dataclasses
 import functools
 
 import numpy as np
-from scipy import ndimage
 
 SUPERSAMPLING = 2
 _LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)  # Rec. 601 weights
@@ -199,6 +198,8 @@ def photograph(grid: Grid, surface: Surface, camera: Camera) -> np.ndarray:
     lit = surface.colour * shade[..., None]
     size = lit.shape[0] // SUPERSAMPLING
     lit = lit.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
+    from scipy import ndimage
+
     lit = ndimage.gaussian_filter(lit, (camera.blur, camera.blur, 0), truncate=3)
     lit *= camera.gain
     return 1 - np.exp(-lit * (1 + lit))  # a film's shoulder: highlights roll off, nothing clips

@@ -1,7 +1,6 @@
 """Products that lie on a background, in any pose: coaster, capsule, nut and gear."""
 
 import numpy as np
-from scipy import ndimage
 
 from ccl_jax.data.synthetic.canvas import (
     Flaw,
@@ -28,6 +27,8 @@ def lay(
     """The object over its background, with a soft shadow; `depth` is positive inside."""
     cover = step(depth, 1.5 * grid.pixel)
     shift = round(0.03 * len(cover))
+    from scipy import ndimage
+
     shadow = ndimage.uniform_filter(
         np.roll(cover, (shift, shift), (0, 1)), round(0.06 * len(cover))
     )

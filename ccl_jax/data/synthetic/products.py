@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable
 
 import numpy as np
-from scipy import ndimage
 
 from ccl_jax.data.synthetic import objects, textures
 from ccl_jax.data.synthetic.canvas import (
@@ -124,6 +123,8 @@ def difference_mask(without: np.ndarray, picture: np.ndarray, *, gap: float) -> 
     changed = np.abs(picture - without).max(-1) > VISIBLE
     radius = max(1.0, gap * len(changed) / 2)
     padded = np.pad(changed, int(radius) + 2)
+    from scipy import ndimage
+
     grown = ndimage.distance_transform_edt(~padded) <= radius if changed.any() else padded
     closed = ndimage.distance_transform_edt(grown) > radius
     closed = (closed | padded)[
