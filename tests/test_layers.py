@@ -52,6 +52,15 @@ def test_convolution_equals_its_definition_with_padding_on_both_sides(size, stri
     np.testing.assert_allclose(conv(maps), want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (2, 2), (4, 3), (5, 4), (7, 8), (9, 9)])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_of_small_maps_equals_its_definition_too(shape, stride):
+    conv = Conv(3, 4, 3, stride=stride, dtype=None, draws=Draws(jax.random.key(0)))
+    maps = normal(1, 2, *shape, 3)
+    want = slow_convolution(maps, np.asarray(conv.kernel[...]), stride)
+    np.testing.assert_allclose(conv(maps), want, rtol=1e-4, atol=1e-5)
+
+
 def test_strided_convolution_of_odd_sized_maps_rounds_up():
     for size in (1, 3):
         conv = Conv(2, 2, size, stride=2, dtype=None, draws=Draws(jax.random.key(0)))
