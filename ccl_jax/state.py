@@ -60,13 +60,15 @@ class Architecture(NamedTuple):
 
     def abstract(self, *, norm_images: int = 0, remat: bool = False) -> tuple[Any, dict, dict]:
         """Returns (graphdef, params, batch_stats) with shapes instead of arrays."""
-        graphdef, *trees = _abstract(self, norm_images, remat)
+        graphdef, *trees = _abstract(self, norm_images=norm_images, remat=remat)
         params, batch_stats = jax.tree.map(lambda leaf: leaf, trees)  # dicts of the caller's own
         return graphdef, params, batch_stats
 
 
 @functools.cache  # a start asks three times, and each takes a fifth of a second
-def _abstract(architecture: Architecture, norm_images: int, remat: bool) -> tuple[Any, dict, dict]:
+def _abstract(
+    architecture: Architecture, *, norm_images: int, remat: bool
+) -> tuple[Any, dict, dict]:
     return networks.abstract_network(**architecture._asdict(), norm_images=norm_images, remat=remat)
 
 

@@ -263,12 +263,6 @@ def _run(p: Problems) -> None:
     p.integer("run.workers", 0, 0)
     for key in ("deterministic", "remat", "progress", "tensorboard"):
         p.check(f"run.{key}", lambda v: isinstance(v, bool), "True or False", True)
-    p.check(
-        "run.compilation_cache",
-        lambda v: isinstance(v, str),
-        'a folder, or "" for none',
-        "~/.cache/ccl_jax/xla",
-    )
 
 
 def _together(p: Problems, config: ConfigDict) -> None:

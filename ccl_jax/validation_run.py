@@ -1,11 +1,11 @@
-"""Illegal values of the settings for when and how a run ends, and of a benchmark."""
+"""Illegal values of the settings for how a run starts and ends, and of a benchmark."""
 
 from ccl_jax.problems import Problems, is_integer, is_number
 from ccl_jax.signals import SIGNALS
 
 
 def check_faults(p: Problems) -> None:
-    """Adds what is wrong with `run.stop_signals` and the like."""
+    """Adds what is wrong with `run.stop_signals`, `run.compilation_cache` and the like."""
     p.check(
         "run.stop_signals",
         lambda v: isinstance(v, tuple) and all(name in SIGNALS for name in v),
@@ -25,6 +25,12 @@ def check_faults(p: Problems) -> None:
         600.0,
     )
     p.number("run.peak_tflops", 0.0, 1e6, 989.0)
+    p.check(
+        "run.compilation_cache",
+        lambda v: isinstance(v, str),
+        'a folder, or "" for none',
+        "~/.cache/ccl_jax/xla",
+    )
 
 
 def check_benchmark(p: Problems) -> None:
