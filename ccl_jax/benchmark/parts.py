@@ -77,8 +77,9 @@ class Parts:
         del projected
         outputs = [self._output(*weights, images) for images in views]
         labels = [batch["label"] for batch in batches]
+        within = f" (with {SEARCH})" if self._losses.local_weight > 0 else ""
         yield (
-            f"losses, forward and backward (with {SEARCH})",
+            f"losses, forward and backward{within}",
             lambda n: self._loss(outputs[n % TURNS], labels[n % TURNS], self._number(n)),
         )
         if self._losses.local_weight > 0:
