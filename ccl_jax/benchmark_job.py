@@ -129,7 +129,7 @@ class Step:
         if split is not None:
             total, _ = settings.total_steps(config, len(split.train))
         self._optimizer = settings.optimizer_of(config, total)
-        self._graphdef, *_ = architecture.abstract(norm_images=config.model.norm_images)
+        self._graphdef, *_ = setup.abstract_network(config)
         self._frozen = mesh.put_replicated(encoder_of(config, workdir), where)
         self._how = {"warm_up": config.benchmark.warm_up, "repeats": config.benchmark.steps}
         self._ahead = where.devices.flat[0].platform != "cpu"

@@ -145,12 +145,12 @@ def predict_files(
     the score maps. Returns the CSV's path and how many files could not be read.
     Raises ValueError where there is no image, or none that can be read.
     """
+    from ccl_jax import figures  # matplotlib, which whoever wants only scores need not wait for
+
     paths = plain_images(source)
     root = source if source.is_dir() else source.parent
     names = [str(path.relative_to(root)) for path in paths]
     overlays = [f"overlays/{name}.png" for name in names]
-    from ccl_jax import figures
-
     scores = np.full(len(paths), np.nan)
     errors: dict[int, str] = {}
     with tempfile.TemporaryFile() as scratch:  # the colour scale is known only after the last image

@@ -208,14 +208,14 @@ def _published_tables(results: Mapping[str, Any]) -> list[_Table]:
 
 
 def _html(folder: Path, title: str, results: Mapping[str, Any]) -> str:
+    from jinja2 import Environment, StrictUndefined  # here: the first step need not wait for it
+
     template = resources.files("ccl_jax").joinpath("report.html.jinja").read_text("utf-8")
     figures = [
         (name, quote(f"figures/{name}.png"))
         for name in results["classes"]
         if sheet_path(folder, name).is_file()
     ]
-    from jinja2 import Environment, StrictUndefined
-
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     return page.from_string(template).render(
         title=title,

@@ -74,7 +74,7 @@ class RunLog:
         traceback: TracebackType | None,
     ) -> None:
         self._bar.close()
-        self._open_events()  # which hides what a killed run left, also where no line came
+        self._begin_events()  # which hides what a killed run left, also where no line came
         if self._events is not None:
             self._events.close()
         if self._lines is not None:
@@ -137,7 +137,7 @@ class RunLog:
         A line is {"step", "time" (Unix seconds), ...}; what is not finite becomes null, because
         JSON knows no NaN.
         """
-        self._open_events()
+        self._begin_events()
         values = {name: float(value) for name, value in scalars.items()}
         speed = self._throughput.figures()
         if speed:
@@ -155,7 +155,7 @@ class RunLog:
             for name, value in values.items():
                 self._events.add_scalar(name, value, step)
 
-    def _open_events(self) -> None:
+    def _begin_events(self) -> None:
         """Opens TensorBoard events, if wanted, before the first line: the first step is past."""
         if self._events_wanted and self._events is None:
             with self._throughput.paused():

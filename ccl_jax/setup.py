@@ -138,9 +138,7 @@ def set_up(
     mesh.barrier("the encoder is written")
     frozen, encoder = read_encoder(workdir / "encoder", architecture)
     optimizer = settings.optimizer_of(config, total)
-    graphdef, *_ = architecture.abstract(
-        norm_images=config.model.norm_images, remat=config.run.remat
-    )
+    graphdef, *_ = abstract_network(config)
     return Training(
         graphdef,
         mesh.put_replicated(frozen, where),
@@ -148,6 +146,13 @@ def set_up(
         functools.partial(init_state, architecture, optimizer),
         purpose_key(root, "weights", 0),
         train_step_of(config, graphdef, optimizer, where),
+    )
+
+
+def abstract_network(config: ConfigDict) -> tuple[Any, dict, dict]:
+    """Structure, parameters and running statistics, as shapes, of the network that is trained."""
+    return architecture_of(config.to_dict()).abstract(
+        norm_images=config.model.norm_images, remat=config.run.remat
     )
 
 

@@ -3,11 +3,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ccl_jax import setup
 from ccl_jax.models import network as networks
 from ccl_jax.models.resnet import ARCHITECTURES, Architecture
 from ccl_jax.models.trees import flatten, unflatten
 
 SMALL = {"family": "rd", "encoder": "tiny", "projector": "plain", "compute_dtype": "float32"}
+
+DEPTHWISE = SMALL | {"encoder": "resnet10", "projector": "depthwise"}  # conftest's
 
 
 @pytest.fixture(autouse=True)
@@ -60,6 +63,15 @@ def test_shapes_of_maps_are_known_without_computing_any():
 
     found = jax.eval_shape(scales, *trees, jax.ShapeDtypeStruct((2, 64, 64, 3), jnp.float32))
     assert [scale.shape for scale in found] == [(2, 16, 16, 256), (2, 8, 8, 512), (2, 4, 4, 1024)]
+
+
+def test_the_setting_reaches_the_network_that_is_trained(tiny_config):
+    plain, *_ = setup.abstract_network(tiny_config)
+    tiny_config.run.remat = True
+    again, *_ = setup.abstract_network(tiny_config)
+    assert plain != again
+    wanted, *_ = networks.abstract_network(**DEPTHWISE, remat=True)
+    assert again == wanted
 
 
 @pytest.mark.slow

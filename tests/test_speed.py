@@ -16,7 +16,6 @@ import pytest
 from ccl_jax import anomaly_map, settings
 from ccl_jax.config import read_config_file
 from ccl_jax.metrics import scores as measures
-from ccl_jax.state import make_optimizer
 from tests.reference import speed_metrics, speed_ours, speed_protocol, speed_torch
 from tests.reference.speed_batches import make_batches, normalised
 from tests.reference.speed_torch import FORMS, OURS, WHOLE, Row, Way
@@ -223,10 +222,7 @@ def test_the_settings_are_those_of_the_default_config():
     params = {part: {"w": np.full(3, 2.0, np.float32)} for part in ("projector", "neck", "decoder")}
     theirs, ours = (
         optimizer.update(params, optimizer.init(params), params)[0]
-        for optimizer in (
-            settings.optimizer_of(config, 100),
-            make_optimizer(**speed_ours.OPTIMIZER),
-        )
+        for optimizer in (settings.optimizer_of(config, 100), speed_ours.optimizer())
     )
     assert jax.tree.all(jax.tree.map(np.array_equal, theirs, ours))
 

@@ -19,7 +19,7 @@ def machine() -> str:
     devices = jax.devices()
     kind = devices[0].device_kind
     if devices[0].platform == "cpu":
-        return f"CPU, {len(os.sched_getaffinity(0))} cores ({_processor()})"
+        return f"CPU, {_cores()} cores ({_processor()})"
     return f"{len(devices)} x {kind}"
 
 
@@ -47,6 +47,13 @@ def _join(bodies: dict[str, str], mark: str) -> str:
     before, *rest = bodies.items()
     pieces = [before[1].strip(), *(f"{mark}{name}\n\n{body.strip()}" for name, body in rest)]
     return "\n\n".join(piece for piece in pieces if piece) + "\n"
+
+
+def _cores() -> int:
+    """The cores that this process may use, or where the system does not say which, all."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -95,7 +95,8 @@ def part_rows(parts: dict[str, Times], within: str, step: Times) -> list[Row]:
         Row(
             "median step less its parts",
             ("-" if left < 0 else "") + in_words(abs(left)),
-            f"noise and what else is not a part; {within} counts within the losses",
+            "noise and what else is not a part"
+            + (f"; {within} counts within the losses" if within in parts else ""),
         )
     )
     return rows

@@ -3,7 +3,8 @@
 Each measure exists on arrays (exact: every distinct score is a threshold) and on histograms, where
 the scores of a bin are tied. All are in 0..1, computed in float64, and `None` where undefined. They
 agree with the exact values of the reference's pixel and image metrics, except that
-AUPRO and pixel F1 use every threshold instead of a hundred or twenty.
+AUPRO and pixel F1 use every threshold instead of a hundred or twenty. scikit-learn and SciPy are
+imported where they are used: the first step of a training need not wait for them.
 """
 
 import warnings

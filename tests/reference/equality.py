@@ -23,8 +23,8 @@ import jax
 import numpy as np
 
 from ccl_jax import losses, mesh
-from ccl_jax.objective import LossSettings
-from ccl_jax.state import Architecture, Frozen, TrainState, init_state, make_optimizer
+from ccl_jax.benchmark import published
+from ccl_jax.state import Architecture, Frozen, TrainState, init_state
 from ccl_jax.train import make_update
 
 ROOT = Path(__file__).parents[2]
@@ -34,18 +34,6 @@ CURVE = 1e-6  # of the loss over the steps, in float64
 IMAGES, SIZE, STEPS = 8, 64, 5
 SHAPES = ((8, 8, 16), (4, 4, 32), (2, 2, 64))
 LABELS = {"mixed": [0, 1, 2, 0, 1, 0, 2, 2], "devices of one class": [0, 0, 0, 0, 1, 1, 2, 2]}
-PUBLISHED = LossSettings(
-    cosine_weight=1.0,
-    cosine_flat=True,
-    local_weight=1.0,
-    local_temperature=0.05,
-    local_window=None,
-    local_same_class=False,
-    local_reach=None,
-    global_weight=1.0,
-    global_temperature=0.05,
-    global_form="two_view",
-)
 
 
 def local(maps: Any, codes: Any, labels: Any, **settings: Any) -> jax.Array:
@@ -109,9 +97,7 @@ def training(where: jax.sharding.Mesh, dtype: type, encoder: str, nudge: bool) -
     With `nudge` every pixel is larger by about one unit in the last place.
     """
     architecture = Architecture("rd", encoder, "depthwise", "float32")
-    optimizer = make_optimizer(
-        projector_lr=1e-3, lr=5e-3, betas=(0.5, 0.999), clip_norm=5.0, decay_step=None
-    )
+    optimizer = published.optimizer()
     key = jax.random.key(1)
     frozen = jax.device_get(jax.jit(architecture.random_encoder)(key))
     state = jax.device_get(jax.jit(lambda: init_state(architecture, optimizer, key))())
@@ -122,7 +108,7 @@ def training(where: jax.sharding.Mesh, dtype: type, encoder: str, nudge: bool) -
     state = mesh.put_replicated(cast(state), where)
     frozen = Frozen(*mesh.put_replicated(cast(frozen), where))
     graphdef, *_ = architecture.abstract()
-    update = make_update(graphdef, optimizer, PUBLISHED, where)
+    update = make_update(graphdef, optimizer, published.LOSSES, where)
     labels = np.array(LABELS["mixed"], np.int32)
 
     @functools.partial(jax.jit, out_shardings=mesh.replicated(where))

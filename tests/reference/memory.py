@@ -13,11 +13,10 @@ its backward pass, as JAX differentiates it, before any compiler.
 """
 
 import argparse
-import datetime
 import os
+import sys
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ import jax.numpy as jnp
 from ccl_jax import config as configs
 from ccl_jax import mesh, settings, setup
 from ccl_jax.benchmark.page import machine, replace_part
+from ccl_jax.benchmark.table import circumstances, heading
 from ccl_jax.config import ConfigDict
 from ccl_jax.models import network as networks
 from ccl_jax.scoring import architecture_of
@@ -49,9 +49,7 @@ def plan_of(config: ConfigDict) -> Any:
     """The memory analysis of the config's training step, compiled for one device."""
     where = mesh.make_mesh(1)
     architecture = architecture_of(config.to_dict())
-    graphdef, params, batch_stats = architecture.abstract(
-        norm_images=config.model.norm_images, remat=config.run.remat
-    )
+    graphdef, params, batch_stats = setup.abstract_network(config)
     optimizer = settings.optimizer_of(config, 1000)
     state = jax.eval_shape(lambda key: init_state(architecture, optimizer, key), jax.random.key(0))
     frozen = Frozen(params["encoder"], batch_stats["encoder"])
@@ -68,9 +66,7 @@ def plan_of(config: ConfigDict) -> Any:
 
 def kept_of(config: ConfigDict) -> int:
     """Bytes that the network's forward pass of both views keeps for its backward pass."""
-    graphdef, params, batch_stats = architecture_of(config.to_dict()).abstract(
-        norm_images=config.model.norm_images, remat=config.run.remat
-    )
+    graphdef, params, batch_stats = setup.abstract_network(config)
     trained = split_parts(params, TRAINED)
     images, size = config.train.batch_size, config.data.image_size
     views = [jax.ShapeDtypeStruct((images, size, size, 3), jnp.float32)] * 2
@@ -129,16 +125,14 @@ def main() -> None:
     what = f"{config.model.encoder}, {chosen.batch} images of {chosen.size}x{chosen.size}"
     limits = " and ".join(f"{limit} GiB in {dtype}" for dtype, limit in LIMITS.items())
     flags = os.environ.get("XLA_FLAGS", "")
-    command = f"python -m tests.reference.memory --batch {chosen.batch} --size {chosen.size}"
+    found = circumstances("tests.reference.memory", sys.argv[1:])
     body = (
-        f"`{command} --config {chosen.config} --dtype {chosen.dtype} --remat {chosen.remat}`"
-        + (f" with `XLA_FLAGS={flags}`" if flags else "")
-        + f", jax {jax.__version__}, jaxlib {version('jaxlib')}, flax {version('flax')}, "
-        f"{datetime.date.today()}\n\n"
-        f"GiB of one training step ({what}), as this platform's compiler plans them; a GPU's plans "
-        f"otherwise, and only there does `run.remat` shorten the plan. Kept: what the forward pass "
-        f"leaves for the backward pass, before any compiler. Wanted: the published recipe (batch "
-        f"16, 256x256) within {limits}.\n\n{table(rows)}\n"
+        heading(found)
+        + (f"With `XLA_FLAGS={flags}`. " if flags else "\n")
+        + f"GiB of one training step ({what}), as this platform's compiler plans them; a GPU's "
+        f"plans otherwise, and only there does `run.remat` shorten the plan. Kept: what the "
+        f"forward pass leaves for the backward pass, before any compiler. Wanted: the published "
+        f"recipe (batch 16, 256x256) within {limits}.\n\n{table(rows)}\n"
     )
     replace_part(chosen.page, machine(), "Memory of a training step", body)
 

@@ -1,8 +1,8 @@
 """This package's side of speed_torch.py, a process of its own: what is timed.
 
 Imports nothing that images with JAX and PyTorch alone lack: no grain, ml_collections,
-tensorflow_datasets or array_record (tests/test_speed.py), so the published settings are written
-out here, and compared with configs/default.py there.
+tensorflow_datasets or array_record (tests/test_speed.py), so the published settings come from
+ccl_jax/benchmark/published.py.
 """
 
 from __future__ import annotations
@@ -22,34 +22,12 @@ import optax
 
 from ccl_jax import losses, matching, state, train
 from ccl_jax.benchmark.page import machine
+from ccl_jax.benchmark.published import LOSSES, NOISE_PROBABILITY, RECIPE, optimizer
 from ccl_jax.models import network as networks
 from ccl_jax.models import published
-from ccl_jax.objective import LossSettings
 from ccl_jax.scoring import MapSettings, score_images
 from tests.reference.speed_batches import Batch, make_batches, normalised
 from tests.reference.speed_protocol import Job, serve
-from tests.reference.views import PUBLISHED
-
-LOSSES = LossSettings(
-    cosine_weight=1.0,
-    cosine_flat=True,
-    local_weight=1.0,
-    local_temperature=0.05,
-    local_window=None,
-    local_same_class=False,
-    local_reach=None,
-    global_weight=1.0,
-    global_temperature=0.05,
-    global_form="two_view",
-)
-OPTIMIZER = {
-    "projector_lr": 1e-3,
-    "lr": 5e-3,
-    "betas": (0.5, 0.999),
-    "clip_norm": 5.0,
-    "decay_step": None,
-}
-NOISE_PROBABILITY = 0.3085  # of a step, as in configs/default.py
 
 
 class Timed:
@@ -62,7 +40,7 @@ class Timed:
             trees = published.from_published(dict(tensors), *shapes, source=options["weights"])
         self.params, self.batch_stats = jax.device_put(trees)
         self.frozen = state.Frozen(self.params["encoder"], self.batch_stats["encoder"])
-        self.optimizer = state.make_optimizer(**OPTIMIZER)
+        self.optimizer = optimizer()
         batches = make_batches(options["different"], options["images"], options["image_size"])
         self.given = [self.on_device(batch) for batch in batches]
         self.pictures = [
@@ -76,7 +54,7 @@ class Timed:
             self.graphdef,
             self.optimizer,
             LOSSES,
-            PUBLISHED,
+            RECIPE,
             noise_probability=NOISE_PROBABILITY,
             root=jax.random.key(0),
         )

@@ -8,18 +8,15 @@ its log has a line of step 1, and is then ended.
 """
 
 import argparse
-import datetime
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-import jax
-
 from ccl_jax.benchmark.page import machine, replace_part
+from ccl_jax.benchmark.table import circumstances, heading
 
 ROOT = Path(__file__).parents[2]
 PATIENCE = 1800.0  # seconds for a start
@@ -86,8 +83,7 @@ def main() -> None:
     if chosen.page is None:
         return
     body = (
-        f"`python -m tests.reference.start_time`, jax {jax.__version__}, "
-        f"jaxlib {version('jaxlib')}, flax {version('flax')}, {datetime.date.today()}\n\n"
+        f"{heading(circumstances('tests.reference.start_time', sys.argv[1:]))}\n"
         f"From the demo's command to the end of its first training step, its data being there: "
         f"first start {first:.1f} s, with nothing compiled yet; second start, in another workdir, "
         f"{second:.1f} s (goal: under 10 s).\n"

@@ -92,7 +92,7 @@ def compiled_step(config: configs.ConfigDict, where: jax.sharding.Mesh) -> jax.s
 def traced_step(config: configs.ConfigDict, where: jax.sharding.Mesh) -> jax.stages.Traced:
     """The training step of a config on a mesh, as operations on shapes."""
     architecture = architecture_of(config.to_dict())
-    graphdef, params, stats = architecture.abstract(norm_images=config.model.norm_images)
+    graphdef, params, stats = setup.abstract_network(config)
     optimizer = settings.optimizer_of(config, 1000)
     step = setup.train_step_of(config, graphdef, optimizer, where)
     state = jax.eval_shape(lambda key: init_state(architecture, optimizer, key), jax.random.key(0))

@@ -10,22 +10,9 @@ import scipy.ndimage
 from PIL import Image
 
 from ccl_jax import augment
+from ccl_jax.benchmark.published import RECIPE as PUBLISHED
 from tests.reference.torch_augment import View
 
-PUBLISHED = augment.Recipe(
-    crop_scale=(0.8, 1.0),
-    crop_ratio=(3 / 4, 4 / 3),
-    horizontal_flip=0.5,
-    vertical_flip=0.5,
-    brightness=0.4,
-    contrast=0.4,
-    saturation=0.4,
-    hue=0.1,
-    grayscale=0.2,
-    blur_kernel=23,
-    blur_sigma=(0.1, 2.0),
-    rotation=15.0,
-)
 NO_BLUR = dataclasses.replace(PUBLISHED, blur_kernel=1)
 
 apply_view = jax.jit(augment.apply_view, static_argnames="recipe")

@@ -190,6 +190,8 @@ def draw_camera(rng: np.random.Generator) -> Camera:
 
 def photograph(grid: Grid, surface: Surface, camera: Camera) -> np.ndarray:
     """The picture in [0, 1] before the sensor's noise, at the finished size."""
+    from scipy import ndimage  # here: a start that generates nothing need not wait for it
+
     slope_y, slope_x = np.gradient(surface.height, np.float32(grid.pixel / SUPERSAMPLING))
     facing = slope_x * np.float32(camera.light[0]) + slope_y * np.float32(camera.light[1])
     shade = 1 + np.float32(camera.relief) * np.tanh(facing)
@@ -198,8 +200,6 @@ def photograph(grid: Grid, surface: Surface, camera: Camera) -> np.ndarray:
     lit = surface.colour * shade[..., None]
     size = lit.shape[0] // SUPERSAMPLING
     lit = lit.reshape(size, SUPERSAMPLING, size, SUPERSAMPLING, 3).mean((1, 3))
-    from scipy import ndimage
-
     lit = ndimage.gaussian_filter(lit, (camera.blur, camera.blur, 0), truncate=3)
     lit *= camera.gain
     return 1 - np.exp(-lit * (1 + lit))  # a film's shoulder: highlights roll off, nothing clips

@@ -25,10 +25,10 @@ def lay(
     grid: Grid, under: Surface, colour: np.ndarray, depth: np.ndarray, height: np.ndarray
 ) -> Surface:
     """The object over its background, with a soft shadow; `depth` is positive inside."""
+    from scipy import ndimage  # here: a start that generates nothing need not wait for it
+
     cover = step(depth, 1.5 * grid.pixel)
     shift = round(0.03 * len(cover))
-    from scipy import ndimage
-
     shadow = ndimage.uniform_filter(
         np.roll(cover, (shift, shift), (0, 1)), round(0.06 * len(cover))
     )

@@ -120,11 +120,11 @@ def difference_mask(without: np.ndarray, picture: np.ndarray, *, gap: float) -> 
     Gaps up to `gap` (a share of the picture's side) are closed, so that a defect is one region or
     a few; specks below a twentieth of the largest region are left out.
     """
+    from scipy import ndimage  # here: a start that generates nothing need not wait for it
+
     changed = np.abs(picture - without).max(-1) > VISIBLE
     radius = max(1.0, gap * len(changed) / 2)
     padded = np.pad(changed, int(radius) + 2)
-    from scipy import ndimage
-
     grown = ndimage.distance_transform_edt(~padded) <= radius if changed.any() else padded
     closed = ndimage.distance_transform_edt(grown) > radius
     closed = (closed | padded)[
