@@ -130,8 +130,8 @@ def main() -> None:
         heading(found)
         + (f"With `XLA_FLAGS={flags}`. " if flags else "\n")
         + f"GiB of one training step ({what}), as this platform's compiler plans them; a GPU's "
-        f"plans otherwise, and only there does `run.remat` shorten the plan. Kept: what the "
-        f"forward pass leaves for the backward pass, before any compiler. Wanted: the published "
+        f"plans otherwise. XLA for CPUs merges what `run.remat` computes again; what it saves "
+        f"on another device was not measured. Kept: what the forward pass leaves for the backward pass, before any compiler. Wanted: the published "
         f"recipe (batch 16, 256x256) within {limits}.\n\n{table(rows)}\n"
     )
     replace_part(chosen.page, machine(), "Memory of a training step", body)
