@@ -131,8 +131,9 @@ def main() -> None:
         + (f"With `XLA_FLAGS={flags}`. " if flags else "\n")
         + f"GiB of one training step ({what}), as this platform's compiler plans them; a GPU's "
         f"plans otherwise. XLA for CPUs merges what `run.remat` computes again; what it saves "
-        f"on another device was not measured. Kept: what the forward pass leaves for the backward pass, before any compiler. Wanted: the published "
-        f"recipe (batch 16, 256x256) within {limits}.\n\n{table(rows)}\n"
+        f"on another device was not measured. Kept: what the forward pass leaves for the "
+        f"backward pass, before any compiler. Wanted: the published recipe (batch 16, 256x256) "
+        f"within {limits}.\n\n{table(rows)}\n"
     )
     replace_part(chosen.page, machine(), "Memory of a training step", body)
 
