@@ -170,6 +170,7 @@ def test_a_whole_training_checkpoint_is_imported_as_a_workdir(tmp_path, tiny_con
         },
         tmp_path / "ckpt.pth",
     )
+    tiny_config.model.encoder = "resnet18"
     tiny_config.published.checkpoint = tiny_config.encoder.weights = str(tmp_path / "ckpt.pth")
     assert exchange.import_job(tiny_config, tmp_path / "run") == 0
     tiny_config.published.output = str(tmp_path / "again.safetensors")
