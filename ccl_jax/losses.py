@@ -13,6 +13,7 @@ are one device's images, as many on each, and the loss is that of all of them, t
 device. What then travels is written out here: `all_gather`, `ppermute` and sums.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -177,13 +178,13 @@ class _Others:
         labels: Int[Array, "n"],
         reach: int | None,
         axis: Axis,
-        travels_as: DTypeLike | None,
+        maps_dtype: DTypeLike | None,
     ) -> None:
         self.labels = of_all(labels, axis)
         self.mine = positions_of_mine(len(labels), axis)
         self._reach = None if reach is None or reach >= len(self.labels) else reach
         self._axis = axis
-        self._travels_as = travels_as
+        self._maps_dtype = maps_dtype
 
     def draw(
         self, one_for_each: Callable[..., tuple[Array, Array]], keys: Key[Array, "scales"]
@@ -197,7 +198,7 @@ class _Others:
 
     def received(self, maps: Float[Array, "n ..."]) -> Float[Array, "m ..."]:
         """These maps of this device's images, and of all others that one may draw."""
-        sent = maps if self._travels_as is None else maps.astype(self._travels_as)
+        sent = maps if self._maps_dtype is None else maps.astype(self._maps_dtype)
         if self._axis is None or self._reach is None:
             return of_all(sent, self._axis).astype(maps.dtype)
         return with_next(sent, self._reach, self._axis).astype(maps.dtype)
@@ -224,16 +225,18 @@ def _positive_keys(
     keys: Float[Array, "b h*w d"],
     partner: _Partners | None,
     window: int | None,
+    maps_dtype: DTypeLike | None,
 ) -> Float[Array, "b h*w d"]:
     """The key where the frozen encoder finds the best match of each clean position.
 
     Searched in the image's own augmented view and, given one, also in the partner's.
     """
-    index, cosine = best_matches(encoder_clean, encoder_augmented, window=window)
+    search = functools.partial(best_matches, encoder_clean, window=window, maps_dtype=maps_dtype)
+    index, cosine = search(encoder_augmented)
     positive = _at(keys, index)
     if partner is None:
         return positive
-    index, other_cosine = best_matches(encoder_clean, partner.targets, window=window)
+    index, other_cosine = search(partner.targets)
     better = partner.found[:, None] & (other_cosine > cosine)
     other_keys = unit(partner.keys).reshape(keys.shape)
     return jnp.where(better[..., None], _at(other_keys, index), positive)
@@ -253,7 +256,7 @@ def local_contrastive_loss(
     negatives: Int[Array, "scales b"] | None = None,
     reach: int | None = None,
     axis: Axis = None,
-    travels_as: DTypeLike | None = None,
+    maps_dtype: DTypeLike | None = None,
 ) -> Scalar:
     """Local CL: each clean position is told from the same position of an image of another class.
 
@@ -272,10 +275,12 @@ def local_contrastive_loss(
     As released, negatives and partners come from the whole batch, so every device receives the maps
     of all others. With `reach` they come from the images at the next `reach` positions of the
     batch, a random sample where its order is random: what a device receives then does not grow with
-    their number, and the loss is still the same for any number. Maps travel in the dtype
-    `travels_as` (None: their own).
+    their number, and the loss is still the same for any number.
+
+    `maps_dtype` is a dtype that holds the maps' values, bfloat16 where a network computed them in
+    it: in it they travel, and are multiplied when matches are searched. None: their own.
     """
-    others = _Others(labels, reach, axis, travels_as)
+    others = _Others(labels, reach, axis, maps_dtype)
     negative_keys, partner_keys = jax.random.split(key, (2, len(encoder_clean)))
     drawn, has_negative = others.draw(draw_negatives, negative_keys)
     drawn = drawn if negatives is None else negatives[:, others.mine]
@@ -291,7 +296,7 @@ def local_contrastive_loss(
         if same_class_candidates:
             row = others.rows(partners[scale])
             partner = _Partners(others.received(augmented)[row], there[row], has_partner[scale])
-        positive = _positive_keys(clean, augmented, own, partner, window)
+        positive = _positive_keys(clean, augmented, own, partner, window, maps_dtype)
         negative = unit(there[others.rows(drawn[scale])]).reshape(b, h * w, c)
         pos = jnp.sum(query * positive, -1) / temperature
         neg = jnp.sum(query * negative, -1) / temperature

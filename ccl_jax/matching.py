@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 NORM_FLOOR = 1e-8  # shorter vectors have no direction; the clamp of the reference's cosine
@@ -22,30 +23,56 @@ def best_matches(
     keys: Float[Array, "b h w c"],
     *,
     window: int | None = None,
-    block: int = 256,
+    block: int = 128,
+    maps_dtype: DTypeLike | None = None,
 ) -> tuple[Int[Array, "b h*w"], Float[Array, "b h*w"]]:
     """For each position of `queries` the most similar position of `keys`, and their cosine.
 
     A position is counted row by row (y * w + x); the first wins a tie. With `window` only the
     square of that side around the same position is searched. Neither way builds the whole
-    (h*w, h*w) matrix: memory is b * block * h*w, or b * h*w with a window. No gradient.
+    (h*w, h*w) matrix: memory is 2 * b * block * h*w, or b * h*w with a window. No gradient.
+
+    `maps_dtype` is a dtype that holds the values of both maps, bfloat16 where a network computed
+    them in it. Their products are then exact in float32, in which they are summed and scaled.
 
     Raises:
         ValueError: the window has no centre.
     """
-    queries, keys = unit(jax.lax.stop_gradient(queries)), unit(jax.lax.stop_gradient(keys))
+    queries, keys = jax.lax.stop_gradient((queries, keys))
     if window is not None:
-        return _best_matches_in_window(queries, keys, window)
+        return _best_matches_in_window(unit(queries), unit(keys), window)
     b, h, w, c = queries.shape
-    keys = keys.reshape(b, h * w, c)
+    queries, keys = queries.reshape(b, h * w, c), keys.reshape(b, h * w, c)
+    of_query, of_key = _one_by_length(queries), _one_by_length(keys)
+    if maps_dtype is not None:
+        queries, keys = queries.astype(maps_dtype), keys.astype(maps_dtype)
 
     def match(query: Float[Array, "b c"]) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
-        cosines = jnp.einsum("bc,bnc->bn", query, keys, precision=EXACT)
-        return jnp.argmax(cosines, axis=1).astype(jnp.int32), jnp.max(cosines, axis=1)
+        products = jnp.einsum(
+            "bc,bnc->bn", query, keys, precision=EXACT, preferred_element_type=of_key.dtype
+        )
+        return _first_largest(products * of_key)
 
-    by_position = queries.reshape(b, h * w, c).swapaxes(0, 1)
-    index, cosine = jax.lax.map(match, by_position, batch_size=block)
-    return index.T, cosine.T
+    index, largest = jax.lax.map(match, queries.swapaxes(0, 1), batch_size=block)
+    return index.T, largest.T * of_query
+
+
+def _one_by_length(vectors: Float[Array, "b n c"]) -> Float[Array, "b n"]:
+    """1 / length in at least float32; 0 for vectors that `unit` makes zero."""
+    vectors = vectors.astype(jnp.promote_types(vectors.dtype, jnp.float32))
+    squares = jnp.sum(vectors * vectors, -1)
+    return jnp.where(squares > NORM_FLOOR**2, jax.lax.rsqrt(squares), 0.0)
+
+
+def _first_largest(values: Float[Array, "b n"]) -> tuple[Int[Array, "b"], Float[Array, "b"]]:
+    """The first index of each row's maximum, and the maximum.
+
+    In two passes, because CPUs compute both in vectors but `jnp.argmax` value by value: the search
+    takes half the time. Where a value is not a number, the last index.
+    """
+    largest, last = jnp.max(values, axis=1), values.shape[1] - 1
+    numbers = jnp.arange(last + 1, dtype=jnp.int32)
+    return jnp.min(jnp.where(values == largest[:, None], numbers, last), axis=1), largest
 
 
 def _best_matches_in_window(

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Key
 
 from ccl_jax import losses, mesh
@@ -26,12 +27,17 @@ class LossSettings:
     global_weight: float
     global_temperature: float
     global_form: str  # "two_view" (first release) or "second_release"
-    travels_as: str = "float32"  # dtype of the maps that go to other devices
+    maps_dtype: str = "float32"  # that the network computes maps in, and that holds their values
 
     @property
     def contrastive(self) -> bool:
         """Whether any term needs the second view."""
         return self.local_weight > 0 or self.global_weight > 0
+
+    @property
+    def held_in(self) -> DTypeLike | None:
+        """A dtype narrower than float32 that holds the maps; None: there is none."""
+        return None if self.maps_dtype == "float32" else self.maps_dtype
 
 
 def loss_terms(
@@ -67,7 +73,7 @@ def loss_terms(
             negatives=negatives,
             reach=settings.local_reach,
             axis=axis,
-            travels_as=settings.travels_as if settings.travels_as != "float32" else None,
+            maps_dtype=settings.held_in,
         )
     if settings.global_weight > 0:
         terms["global"] = global_term(out, labels, settings, axis)

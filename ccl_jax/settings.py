@@ -72,7 +72,7 @@ def loss_settings(config: ConfigDict, devices: int = 1) -> LossSettings:
         global_weight=global_.weight,
         global_temperature=global_.temperature,
         global_form=global_.form,
-        travels_as=config.model.compute_dtype,
+        maps_dtype=config.model.compute_dtype,
     )
 
 

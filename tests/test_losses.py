@@ -19,7 +19,7 @@ local_gradient = jax.jit(
     jax.value_and_grad(losses.local_contrastive_loss, argnums=(0, 1, 2, 3)),
     static_argnames=SETTINGS,
 )
-best_matches = jax.jit(losses.best_matches, static_argnames=("window", "block"))
+best_matches = jax.jit(losses.best_matches, static_argnames=("window", "block", "maps_dtype"))
 
 
 def random(seed, *shape):
@@ -33,7 +33,8 @@ def random_maps(seed, b=8, shapes=SHAPES):
 
 def unit(rows):
     rows = np.asarray(rows, np.float64)
-    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
 
 
 def all_finite(tree):
@@ -290,6 +291,29 @@ def test_best_matches_equal_explicit_loops(window, block):
     expected_index, expected_cosine = best_matches_by_loops(queries, keys, window)
     np.testing.assert_array_equal(index, expected_index)
     np.testing.assert_allclose(cosine, expected_cosine, atol=1e-6)
+
+
+@pytest.mark.parametrize("maps_dtype", [None, jnp.bfloat16])
+def test_matches_of_maps_that_bfloat16_holds_are_those_of_float64(maps_dtype):
+    """Unrelated images, vectors of lengths from 1e-3 to 1e3, and some without a direction."""
+    queries, keys = (random(seed, 2, 9, 8, 48).astype(jnp.bfloat16) for seed in (0, 1))
+    keys = keys * jnp.logspace(-3, 3, 72, dtype=jnp.bfloat16).reshape(1, 9, 8, 1)
+    keys, queries = keys.at[0, 3, 3].set(0), queries.at[1, 2, 2].set(0)
+    index, cosine = best_matches(
+        queries.astype(jnp.float32), keys.astype(jnp.float32), maps_dtype=maps_dtype
+    )
+    wanted, expected = best_matches_by_loops(
+        *(np.asarray(maps, np.float64) for maps in (queries, keys)), None
+    )
+    np.testing.assert_array_equal(index, wanted)
+    np.testing.assert_allclose(cosine, expected, atol=1e-6)
+
+
+def test_a_match_of_what_is_not_a_number_is_no_number():
+    maps = random(0, 1, 3, 3, 4)
+    index, cosine = best_matches(maps, maps.at[0, 1, 1, 2].set(jnp.nan))
+    assert np.isnan(cosine).all()
+    assert (index == 8).all()  # a position, for whoever looks there
 
 
 @pytest.mark.parametrize("window", [None, 3])

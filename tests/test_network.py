@@ -262,6 +262,18 @@ def test_bfloat16_network_gives_float32_outputs_and_statistics(projector):
     assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
 
 
+@pytest.mark.parametrize("projector", ["plain", "depthwise", "none"])
+def test_bfloat16_holds_the_maps_of_a_bfloat16_network(projector):
+    """What the local loss relies on when it multiplies and sends them in bfloat16."""
+    settings = SMALL | {"compute_dtype": "bfloat16"}
+    network = networks.build_network(**settings, projector=projector, rngs=nnx.Rngs(0))
+    out = network(*views(), train=True)
+    for view in (out, out.augmented):
+        for maps in (*view.targets, *view.projected):
+            assert maps.dtype == jnp.float32 and jnp.any(maps != 0)
+            assert jnp.array_equal(maps, maps.astype(jnp.bfloat16).astype(jnp.float32))
+
+
 @pytest.mark.parametrize(
     ("change", "flag"),
     [

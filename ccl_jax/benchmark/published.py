@@ -58,8 +58,8 @@ def optimizer() -> optax.GradientTransformation:
 
 
 def losses(compute_dtype: str) -> LossSettings:
-    """The published losses; feature maps travel between devices in the dtype of the network."""
-    return dataclasses.replace(LOSSES, travels_as=compute_dtype)
+    """The published losses; maps are multiplied in, and travel in, the dtype of the network."""
+    return dataclasses.replace(LOSSES, maps_dtype=compute_dtype)
 
 
 def maps(image_size: int) -> MapSettings:
