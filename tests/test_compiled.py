@@ -3,9 +3,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import filelock
 import jax
 import pytest
 
+from ccl_jax import compiled
 from ccl_jax.compiled import keep_compiled
 
 ROOT = Path(__file__).parent.parent
@@ -51,6 +53,23 @@ def test_a_second_start_takes_the_program_from_the_folder_and_damage_only_costs_
         entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])  # as after a kill
     result, third = start(folder)
     assert result == "7.0" and not third.endswith("warned 0")
+
+
+def test_a_program_whose_writing_was_cut_off_is_written_again(tmp_path):
+    """Otherwise it would be refused at every start, and JAX could store no other one."""
+    start(tmp_path)
+    (entry,) = tmp_path.glob("*-cache")
+    entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
+    entry.with_name(entry.name.removesuffix("-cache") + "-atime").unlink()  # it is written last
+    assert start(tmp_path) == ["7.0", "hits 0 misses 1 warned 0"]
+    assert start(tmp_path) == ["7.0", "hits 1 misses 0 warned 0"]
+
+
+def test_a_folder_that_another_keeps_locked_is_used_all_the_same(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(compiled, "LOCK_SECONDS", 0.1)
+    with filelock.FileLock(tmp_path / ".lockfile"):
+        compiled._remove_unfinished(tmp_path)
+    assert "not looked through for damage" in capsys.readouterr().out
 
 
 @pytest.fixture

@@ -216,7 +216,7 @@ except ImportError:
 
 def test_the_settings_are_those_of_the_default_config():
     config = read_config_file(ROOT / "configs/default.py")
-    assert settings.loss_settings(config) == speed_ours.LOSSES
+    assert settings.loss_settings(config) == speed_ours.published_losses("float32")
     assert config.model.noise_probability == speed_ours.NOISE_PROBABILITY
     assert config.augment.to_dict() == vars(PUBLISHED)
     params = {part: {"w": np.full(3, 2.0, np.float32)} for part in ("projector", "neck", "decoder")}

@@ -10,6 +10,7 @@ import pytest
 from ccl_jax import config as configs
 from ccl_jax import jobs, losses, mesh, settings, settle, setup
 from ccl_jax.checkpoint import Checkpoints
+from ccl_jax.loop import Loop
 from ccl_jax.run_log import RunLog
 from ccl_jax.signals import StopRequest
 from ccl_jax.state import purpose_key
@@ -269,3 +270,36 @@ def test_keys_differ_by_purpose_and_step_and_repeat_otherwise():
     assert len(set(keys)) == 4
     again = jax.random.key_data(purpose_key(ROOT_KEY, "noise", 0)).tolist()
     assert tuple(again) == keys[0]
+
+
+def test_a_run_compiles_before_its_second_step_only_and_reuses_the_memory_of_its_state(
+    tiny_config, tmp_path, monkeypatch
+):
+    tiny_config.eval.every_steps = 0
+    compiled, compilations, at_step, programs = Loop.compile, [], {}, []
+    advance = RunLog.advance
+
+    def listen(name, seconds, **_):
+        if name == "/jax/core/compile/backend_compile_duration":
+            compilations.append(seconds)
+
+    def noting(self, step):
+        advance(self, step)
+        at_step[step] = len(compilations)
+
+    def keeping(self, step, arguments):
+        states = jax.tree.leaves(arguments[0])
+        programs.append((compiled(self, step, arguments), sum(leaf.nbytes for leaf in states)))
+        return programs[-1][0]
+
+    monkeypatch.setattr(RunLog, "advance", noting)
+    monkeypatch.setattr(Loop, "compile", keeping)
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        assert jobs.train_job(tiny_config, tmp_path / "run") == 0
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert sorted(at_step) == [1, 2, 3, 4]
+    assert 0 < at_step[2] == at_step[3] == at_step[4]
+    ((program, size),) = programs
+    assert program.memory_analysis().alias_size_in_bytes >= size

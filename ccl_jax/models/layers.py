@@ -43,7 +43,7 @@ class Conv(nnx.Module):
             # A plain product: the weight gradient of a 1x1 convolution is 4 times slower.
             maps = maps[:, :: self.stride, :: self.stride] @ kernel[0, 0]
         elif max(maps.shape[1:3]) <= SMALL * self.stride:
-            maps = _of_patches(maps, kernel, self.stride)
+            maps = of_patches(maps, kernel, self.stride)
         else:
             pad = (self.size // 2, self.size // 2)
             maps = lax.conv_general_dilated(
@@ -201,14 +201,14 @@ def compute_dtype(name: str) -> Dtype:
     return jnp.bfloat16 if name == "bfloat16" else None
 
 
-def _of_patches(
+def of_patches(
     maps: Float[Array, "b h w c"], kernel: Float[Array, "k k c c2"], stride: int
 ) -> Float[Array, "b h2 w2 c2"]:
     """The convolution as one product of each position's patch with the kernel.
 
-    XLA's convolutions are slow on CPUs where a map is no larger than the kernel: 512 to 512
-    channels at 2x2, batch 4, take 71 ms of processor time forwards and 224 ms backwards, this takes
-    1.5 and 7. A patch is k * k times its position, so it takes more memory on large maps.
+    XLA's convolutions are slow on CPUs where a map is no larger than the kernel, those of 2x2
+    positions most (docs/benchmarks.md, "Single computations"). A patch is k * k times its position,
+    so it takes more memory on large maps.
     """
     size = kernel.shape[0]
     height, width = maps.shape[1:3]

@@ -22,7 +22,8 @@ import optax
 
 from ccl_jax import losses, matching, state, train
 from ccl_jax.benchmark.page import machine
-from ccl_jax.benchmark.published import LOSSES, NOISE_PROBABILITY, RECIPE, optimizer
+from ccl_jax.benchmark.published import NOISE_PROBABILITY, RECIPE, optimizer
+from ccl_jax.benchmark.published import losses as published_losses
 from ccl_jax.models import network as networks
 from ccl_jax.models import published
 from ccl_jax.scoring import MapSettings, score_images
@@ -35,6 +36,7 @@ class Timed:
 
     def __init__(self, options: Mapping[str, Any]):
         self.architecture = state.Architecture("rd", options["encoder"], "plain", options["dtype"])
+        self.losses = published_losses(options["dtype"])
         self.graphdef, *shapes = self.architecture.abstract()
         with np.load(options["weights"]) as tensors:
             trees = published.from_published(dict(tensors), *shapes, source=options["weights"])
@@ -48,12 +50,12 @@ class Timed:
         ]
         self.maps = MapSettings(options["image_size"], 0.0, "add", "cosine", 1)
         self.states: dict[str, state.TrainState] = {}
-        update = train.make_update(self.graphdef, self.optimizer, LOSSES)
+        update = train.make_update(self.graphdef, self.optimizer, self.losses)
         self.update = jax.jit(update, donate_argnums=0)
         step = train.make_train_step(
             self.graphdef,
             self.optimizer,
-            LOSSES,
+            self.losses,
             RECIPE,
             noise_probability=NOISE_PROBABILITY,
             root=jax.random.key(0),
@@ -162,13 +164,15 @@ class Timed:
                 keys,
                 labels,
                 jax.random.key(0),
-                temperature=LOSSES.local_temperature,
+                temperature=self.losses.local_temperature,
                 negatives=negatives,
+                maps_dtype=self.losses.held_in,
             )
 
         def search(targets: list, others: list) -> list:
             pairs = zip(targets, others, strict=True)
-            return [matching.best_matches(*pair)[0] for pair in pairs]
+            held_in = self.losses.held_in
+            return [matching.best_matches(*pair, maps_dtype=held_in)[0] for pair in pairs]
 
         def optimise(gradients: dict, opt_state: Any, params: dict) -> tuple:
             updates, opt_state = self.optimizer.update(gradients, opt_state, params)
