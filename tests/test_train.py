@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from ccl_jax import config as configs
 from ccl_jax import jobs, losses, mesh, settings, settle, setup
@@ -14,6 +15,7 @@ from ccl_jax.loop import Loop
 from ccl_jax.run_log import RunLog
 from ccl_jax.signals import StopRequest
 from ccl_jax.state import purpose_key
+from ccl_jax.throughput import count_flops
 
 ROOT_KEY = jax.random.key(0)
 
@@ -342,3 +344,17 @@ def test_the_loss_curve_in_bfloat16_follows_that_in_float32(tiny_config, tmp_pat
         assert len(difference) == 40 and difference[0] < 0.01, name
         assert 1e-4 < difference.mean() < limits[name], name
         assert exact[-10:].mean() < 0.7 * exact[0], name  # it learns, so there is a curve
+
+
+@pytest.mark.parametrize("without", [(), ("local",), ("global_",), ("local", "global_")])
+def test_every_product_of_a_step_is_used_by_a_loss_or_a_statistic(tiny_config, tmp_path, without):
+    """Already in the program that JAX hands to the compiler, whatever that would leave out."""
+    for term in without:
+        tiny_config.loss[term].weight = 0.0
+    where = mesh.make_mesh(1)
+    training = setup.set_up(tiny_config, tmp_path, where, 10, fresh=True)
+    state = jax.eval_shape(training.init, training.key)
+    program = jax.make_jaxpr(training.step)(state, training.frozen, batch(), np.int32(0))
+    used, _ = dce_jaxpr(program.jaxpr, [True] * len(program.jaxpr.outvars), instantiate=True)
+    flops = count_flops(program)
+    assert count_flops(program.replace(jaxpr=used)) == flops > 1e8
