@@ -19,8 +19,8 @@ def keep_compiled(folder: str) -> None:
 
     A key holds the program, its options, the version of JAX and the devices, for CPUs with what
     their processor can do. Processes take turns at the folder (a lock), and of a run of several
-    only the first writes. An entry whose writing was cut off is removed; another that cannot be
-    read is compiled anew, with a warning.
+    only the first writes. An entry whose writing was cut off is removed, unless another process
+    has tried to read it since; one that cannot be read is compiled anew, with a warning.
     """
     if not folder or jax.config.values["jax_compilation_cache_dir"]:
         return
@@ -43,15 +43,24 @@ def keep_compiled(folder: str) -> None:
 
 
 def _remove_unfinished(folder: Path) -> None:
-    """Removes programs of which JAX wrote no time of use.
+    """Removes programs without a time of use, and says how many.
 
-    It writes that last, within its lock, so their writer was killed. Left there, each would be
-    refused at every start, and keep JAX from ever storing another program.
+    JAX writes it last, within its lock, so their writer was killed, or was a JAX that was given no
+    bound on the folder's size and keeps no times. Left there, one keeps JAX from storing any other
+    program until it is asked for itself; from then on it has a time, and where it was cut off it is
+    refused at every start.
     """
+    removed = 0
     try:
         with filelock.FileLock(folder / ".lockfile", timeout=LOCK_SECONDS):
             for program in folder.glob("*-cache"):
                 if not program.with_name(program.name.removesuffix("-cache") + "-atime").exists():
                     program.unlink()
+                    removed += 1
     except OSError as error:  # also where another process keeps the lock
-        print(f"compiled programs in {folder} were not looked through for damage: {error}")
+        print(
+            f"compiled programs in {folder} were not looked through for damage, so some may be "
+            f"compiled at every start ({error}); if this comes again, remove them: rm -r {folder}"
+        )
+    if removed:
+        print(f"removed {removed} compiled programs in {folder} that were not written to the end")

@@ -277,8 +277,8 @@ def local_contrastive_loss(
     batch, a random sample where its order is random: what a device receives then does not grow with
     their number, and the loss is still the same for any number.
 
-    `maps_dtype` is a dtype that holds the maps' values, bfloat16 where a network computed them in
-    it: in it they travel, and are multiplied when matches are searched. None: their own.
+    `maps_dtype` is the dtype that a network computed the maps in: in it they travel, and in it they
+    are multiplied where the whole map is searched for matches. None: their own.
     """
     others = _Others(labels, reach, axis, maps_dtype)
     negative_keys, partner_keys = jax.random.split(key, (2, len(encoder_clean)))

@@ -27,7 +27,7 @@ class LossSettings:
     global_weight: float
     global_temperature: float
     global_form: str  # "two_view" (first release) or "second_release"
-    maps_dtype: str = "float32"  # that the network computes maps in, and that holds their values
+    maps_dtype: str = "float32"  # the network's: maps travel, and are searched for matches, in it
 
     @property
     def contrastive(self) -> bool:
@@ -35,8 +35,8 @@ class LossSettings:
         return self.local_weight > 0 or self.global_weight > 0
 
     @property
-    def held_in(self) -> DTypeLike | None:
-        """A dtype narrower than float32 that holds the maps; None: there is none."""
+    def narrow_dtype(self) -> DTypeLike | None:
+        """The dtype of the maps where it is narrower than that of `NetworkOutput`, else None."""
         return None if self.maps_dtype == "float32" else self.maps_dtype
 
 
@@ -73,7 +73,7 @@ def loss_terms(
             negatives=negatives,
             reach=settings.local_reach,
             axis=axis,
-            maps_dtype=settings.held_in,
+            maps_dtype=settings.narrow_dtype,
         )
     if settings.global_weight > 0:
         terms["global"] = global_term(out, labels, settings, axis)

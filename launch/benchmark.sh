@@ -9,11 +9,14 @@ Usage: launch/benchmark.sh OUT [--small]
 Runs on the devices at hand, and writes into the folder OUT, a log for each part: the tests of
 ccl_jax that need no data (where pytest is installed), the published training step for batches of
 16, 64 and 128 images of 256x256 in float32 and bfloat16, a profile of one of them with its ten
-longest kernels, and the comparison with PyTorch (where it is installed). Needs no data and no
-weights, and of the dependencies only jax, flax, optax, orbax, jaxtyping, safetensors, filelock and
-tqdm. OUT/summary.txt says what was done; the exit status is 1 if a part failed.
+longest kernels, the forms of single computations, and, where their packages are installed, the
+benchmark job of configs/mvtec.py for the same batches, the memory of its step, the metrics at scale
+and the comparison with PyTorch. Needs no data and no weights, and of the dependencies at least jax,
+flax, optax, orbax, jaxtyping, safetensors, filelock and tqdm. OUT/summary.txt says what was done,
+OUT/benchmarks.md has the tables as docs/benchmarks.md has them; the exit status is 1 if a part
+failed.
 
-  --small  sizes for a CPU: ResNet-18, 64x64, 4 images, 2 steps
+  --small  sizes for a CPU: ResNet-18, 64x64, 4 images, 2 steps, and what takes longer is left out
   PYTHON   the interpreter; without it that of the project's .venv, else python3
 
 Example: launch/benchmark.sh runs/benchmark
@@ -97,13 +100,47 @@ for dtype in float32 bfloat16; do
   done
 done
 
+page=$out/benchmarks.md
+if has grain && has ml_collections && has tensorflow_datasets; then
+  for dtype in float32 bfloat16; do
+    for batch in $batches; do
+      if [[ -z $small || $dtype == bfloat16 ]]; then
+        part "job-$batch-$dtype" "$python" -m ccl_jax.main --job benchmark \
+          --config configs/mvtec.py --workdir "$out/job-$batch-$dtype" \
+          "--config.benchmark.page=$page" "--config.benchmark.steps=$steps" \
+          "--config.benchmark.warm_up=$warm_up" --config.encoder.weights=random \
+          "--config.model.encoder=$encoder" "--config.model.compute_dtype=$dtype" \
+          "--config.data.image_size=$size" "--config.train.batch_size=$batch" \
+          "--config.eval.batch_size=$batch"
+      fi
+    done
+  done
+else
+  note "left out: the benchmark job, because grain, ml-collections or tensorflow-datasets is not installed"
+fi
+
+module() { # NAME PACKAGE: tests.reference.NAME, where the package that it needs is installed
+  if [[ -n $small ]]; then
+    note "left out: $1, because of --small"
+  elif [[ ! -f tests/reference/$1.py ]]; then
+    note "left out: $1, because tests/reference/$1.py is not there"
+  elif ! has "$2"; then
+    note "left out: $1, because $2 is not installed"
+  else
+    part "$1" "$python" -m "tests.reference.$1" --page "$page"
+  fi
+}
+
+module kernels jax
+module memory ml_collections
+module speed_metrics sklearn
 if [[ ! -f tests/reference/speed_torch.py ]]; then
   note "left out: PyTorch, because tests/reference/speed_torch.py is not there"
 elif ! has torch; then
   note "left out: PyTorch, because torch is not installed"
 else
   part torch "$python" -m tests.reference.speed_torch --batches "${batches// /,}" \
-    --image-size "$size" --encoder "$encoder" --json "$out/torch.json"
+    --image-size "$size" --encoder "$encoder" --json "$out/torch.json" --page "$page"
 fi
 note "all is in $out"
 exit "$status"

@@ -359,7 +359,9 @@ def test_benchmark_script_runs_at_a_small_size_and_says_what_it_left_out(tmp_pat
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert run.returncode == 0, run.stdout + run.stderr
     assert "done: step-4-float32\n" in summary and "done: step-4-bfloat16\n" in summary
-    assert "done: tests\n" in summary
+    assert "done: tests\n" in summary and "done: job-4-bfloat16\n" in summary
+    assert "batch 4, bfloat16" in (tmp_path / "out" / "benchmarks.md").read_text()
+    assert "left out: kernels, because of --small\n" in summary
     assert "PyTorch" in summary or "done: torch\n" in summary
     log = (tmp_path / "out" / "step-4-float32.log").read_text()
     assert "| kernel | ms a step |" in log

@@ -50,26 +50,23 @@ def test_a_second_start_takes_the_program_from_the_folder_and_damage_only_costs_
     entries = list(folder.glob("*-cache"))
     assert entries
     for entry in entries:
-        entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])  # as after a kill
+        entry.write_bytes(
+            entry.read_bytes()[: entry.stat().st_size // 2]
+        )  # as after a fault of the disk
     result, third = start(folder)
     assert result == "7.0" and not third.endswith("warned 0")
 
 
 def test_a_program_whose_writing_was_cut_off_is_written_again(tmp_path):
-    """Otherwise it would be refused at every start, and JAX could store no other one."""
+    """Otherwise JAX could store no other one, and refused it at every start once it was read."""
     start(tmp_path)
     (entry,) = tmp_path.glob("*-cache")
     entry.write_bytes(entry.read_bytes()[: entry.stat().st_size // 2])
     entry.with_name(entry.name.removesuffix("-cache") + "-atime").unlink()  # it is written last
-    assert start(tmp_path) == ["7.0", "hits 0 misses 1 warned 0"]
+    said, *rest = start(tmp_path)
+    assert said.startswith("removed 1 compiled programs")
+    assert rest == ["7.0", "hits 0 misses 1 warned 0"]
     assert start(tmp_path) == ["7.0", "hits 1 misses 0 warned 0"]
-
-
-def test_a_folder_that_another_keeps_locked_is_used_all_the_same(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(compiled, "LOCK_SECONDS", 0.1)
-    with filelock.FileLock(tmp_path / ".lockfile"):
-        compiled._remove_unfinished(tmp_path)
-    assert "not looked through for damage" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -97,6 +94,16 @@ def test_a_folder_that_jax_has_already_stays(no_folder, tmp_path):
 def test_an_empty_name_keeps_nothing(no_folder):
     keep_compiled("")
     assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_folder_that_another_keeps_locked_is_used_all_the_same(
+    no_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(compiled, "LOCK_SECONDS", 0.1)
+    with filelock.FileLock(tmp_path / ".lockfile"):
+        keep_compiled(str(tmp_path))
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+    assert "not looked through for damage" in capsys.readouterr().out
 
 
 def test_a_home_folder_is_found(no_folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ccl_jax.models import layers
+from ccl_jax.models.initial import Draws
 from tests.reference import kernels
 
 
@@ -22,6 +23,23 @@ def test_every_form_of_the_search_finds_the_same_matches(small):
     assert len(rows) == 6 and {row.what for row in rows} == {"search, a network, 2 images"}
     assert all(row.milliseconds > 0 for row in rows)
     assert all(" 0.00% other" in row.note for row in rows), rows
+
+
+def test_the_page_gets_all_rows(small, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    kernels.main(["--images=2", "--repeats=1", f"--page={page}"])
+    text = page.read_text()
+    assert "### Single computations" in text
+    assert f"`python -m tests.reference.kernels --images=2 --repeats=1 --page={page}`" in text
+    printed = [line for line in capsys.readouterr().out.splitlines() if " | " in line]
+    assert len(printed) == 4 + 4 + 2 + 6 == text.count(" | ") // 3 - 1
+
+
+@pytest.mark.parametrize(("side", "convolves"), [(4, False), (5, True), (8, True)])
+def test_layers_take_products_of_patches_for_small_maps_as_the_table_says(side, convolves):
+    conv = layers.Conv(2, 3, 3, dtype=None, draws=Draws(jax.random.key(0)))
+    program = jax.make_jaxpr(conv)(np.zeros((1, side, side, 2), np.float32))
+    assert ("conv_general_dilated" in str(program)) == convolves == (side > layers.SMALL)
 
 
 def test_the_table_marks_the_convolution_that_layers_take(small):

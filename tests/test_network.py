@@ -264,10 +264,16 @@ def test_bfloat16_network_gives_float32_outputs_and_statistics(projector):
 
 @pytest.mark.parametrize("projector", ["plain", "depthwise", "none"])
 def test_bfloat16_holds_the_maps_of_a_bfloat16_network(projector):
-    """What the local loss relies on when it multiplies and sends them in bfloat16."""
+    """So the local loss loses nothing when it multiplies and sends them in bfloat16."""
     settings = SMALL | {"compute_dtype": "bfloat16"}
     network = networks.build_network(**settings, projector=projector, rngs=nnx.Rngs(0))
-    out = network(*views(), train=True)
+    graphdef, params, stats = networks.split(network)
+
+    @jax.jit
+    def run(params, stats, clean, augmented):
+        return networks.merge(graphdef, params, stats)(clean, augmented, train=True)
+
+    out = run(params, stats, *views())
     for view in (out, out.augmented):
         for maps in (*view.targets, *view.projected):
             assert maps.dtype == jnp.float32 and jnp.any(maps != 0)

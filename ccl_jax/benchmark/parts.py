@@ -192,11 +192,13 @@ class Parts:
     def _search(self) -> Callable[..., PyTree]:
         def search(out: networks.NetworkOutput) -> PyTree:
             assert out.augmented is not None  # the local loss made the second view
-            search = functools.partial(
-                best_matches, window=self._losses.local_window, maps_dtype=self._losses.held_in
+            find = functools.partial(
+                best_matches,
+                window=self._losses.local_window,
+                maps_dtype=self._losses.narrow_dtype,
             )
             return [
-                search(clean, augmented)
+                find(clean, augmented)
                 for clean, augmented in zip(out.targets, out.augmented.targets, strict=True)
             ]
 

@@ -206,9 +206,9 @@ def of_patches(
 ) -> Float[Array, "b h2 w2 c2"]:
     """The convolution as one product of each position's patch with the kernel.
 
-    XLA's convolutions are slow on CPUs where a map is no larger than the kernel, those of 2x2
-    positions most (docs/benchmarks.md, "Single computations"). A patch is k * k times its position,
-    so it takes more memory on large maps.
+    XLA's convolutions are slow on CPUs where a map is about as small as the kernel, those of 2x2
+    positions most (docs/benchmarks.md, "Single computations"). Patches take k * k times the memory
+    of the map, which larger maps are not worth: they gain little or lose.
     """
     size = kernel.shape[0]
     height, width = maps.shape[1:3]

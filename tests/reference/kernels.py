@@ -3,9 +3,10 @@
     python -m tests.reference.kernels [--images 8] [--repeats 9] [--page docs/benchmarks.md]
 
 Times, each jitted alone: the search for best matches (argmax or the first largest, block sizes,
-maps that bfloat16 holds), 3x3 convolutions as such and as products of patches, and what a product
-and a convolution gain by bfloat16. The search is on the maps of a ResNet-18 with random weights for
-128 pixels and of a WideResNet-50-2 for 256; the second view of each is its first with noise.
+maps rounded to bfloat16), 3x3 convolutions as such and as products of patches, the encoder on two
+views one after the other and together, and what a product and a convolution gain by bfloat16. The
+search is on random maps of the sizes of a ResNet-18's for 128 pixels and of a WideResNet-50-2's for
+256; two views share smooth values, and each has noise of its own.
 """
 
 import argparse
@@ -25,6 +26,8 @@ from ccl_jax.benchmark.page import machine, replace_part
 from ccl_jax.benchmark.table import circumstances, heading
 from ccl_jax.benchmark.timing import time_calls
 from ccl_jax.models import layers
+from ccl_jax.models import network as networks
+from ccl_jax.state import Architecture
 
 TURNS = 2  # inputs that take turns
 BLOCKS = (32, 128, 256, 1024)
@@ -80,8 +83,7 @@ def by_argmax(queries: jax.Array, keys: jax.Array, *, block: int) -> tuple[jax.A
 def pairs_of_maps(scales: tuple, images: int, seed: int) -> tuple[list, list]:
     """Maps of a view and of another, in values that bfloat16 holds.
 
-    Positions resemble their neighbours, and the other view half of that, so that matches are near
-    ties.
+    Both are the same smooth maps, each with noise of half their spread, so matches are near ties.
     """
     clean, other = [], []
     for number, (side, channels) in enumerate(scales):
@@ -101,7 +103,7 @@ def searches(images: int, repeats: int) -> Iterator[Row]:
                  for block in BLOCKS}  # fmt: skip
         for dtype in (None, jnp.bfloat16):
             for block in BLOCKS:
-                held = "float32" if dtype is None else "maps that bfloat16 holds"
+                held = "float32" if dtype is None else "rounded to bfloat16"
                 forms[f"first largest, {held}, blocks of {block}"] = functools.partial(
                     matching.best_matches, block=block, maps_dtype=dtype
                 )
@@ -166,6 +168,32 @@ def convolutions(images: int, repeats: int) -> Iterator[Row]:
             )
 
 
+def encoders(images: int, repeats: int) -> Iterator[Row]:
+    """A ResNet-18 on two views of 128x128, one by one as the network does it, and as one batch."""
+    architecture = Architecture("rd", "resnet18", "plain", "float32")
+    graphdef, params, stats = architecture.abstract()
+    encoder = jax.jit(architecture.random_encoder)(jax.random.key(0))
+    rest = {name: tree for name, tree in params.items() if name != "encoder"}
+    rest_stats = {name: tree for name, tree in stats.items() if name != "encoder"}
+
+    def encode(views: jax.Array) -> networks.Maps:
+        trees = {"encoder": encoder[0], **rest}, {"encoder": encoder[1], **rest_stats}
+        return networks.merge(graphdef, *trees).encoder(views, train=False)
+
+    forms = {
+        "one after the other": lambda first, second: (encode(first), encode(second)),
+        "as one batch": lambda first, second: encode(jnp.concatenate([first, second])),
+    }
+    inputs = [
+        tuple(normal(10 * turn + view, images, 128, 128, 3) for view in range(2))
+        for turn in range(TURNS)
+    ]
+    for name, form in forms.items():
+        what = f"encoder, resnet18, two views of {images} images of 128x128"
+        note = "taken" if name == "one after the other" else ""
+        yield Row(what, name, milliseconds(form, inputs, repeats), note)
+
+
 def precisions(repeats: int) -> Iterator[Row]:
     """A product and a convolution of the same FLOPs, summed in float32."""
 
@@ -195,27 +223,28 @@ def markdown(rows: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def main(words: list[str]) -> None:
     """Prints a row as soon as it is known, and writes all to the page where one is named."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=8, help="of a batch")
     parser.add_argument("--repeats", type=int, default=9, help="calls that are timed")
     parser.add_argument("--page", type=Path, metavar="FILE", help="page to write the table to")
-    chosen = parser.parse_args()
+    chosen = parser.parse_args(words)
     rows = []
     for part in (
         precisions(chosen.repeats),
         convolutions(chosen.images, chosen.repeats),
+        encoders(chosen.images, chosen.repeats),
         searches(chosen.images, chosen.repeats),
     ):
         for row in part:
             rows.append(row)
             print(" | ".join(map(str, row)), flush=True)
     if chosen.page is not None:
-        found = circumstances("tests.reference.kernels", sys.argv[1:])
+        found = circumstances("tests.reference.kernels", words)
         body = f"{heading(found)}\nMedians of {chosen.repeats}.\n\n{markdown(rows)}"
         replace_part(chosen.page, machine(), "Single computations", body)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -166,13 +166,13 @@ class Timed:
                 jax.random.key(0),
                 temperature=self.losses.local_temperature,
                 negatives=negatives,
-                maps_dtype=self.losses.held_in,
+                maps_dtype=self.losses.narrow_dtype,
             )
 
         def search(targets: list, others: list) -> list:
             pairs = zip(targets, others, strict=True)
-            held_in = self.losses.held_in
-            return [matching.best_matches(*pair, maps_dtype=held_in)[0] for pair in pairs]
+            dtype = self.losses.narrow_dtype
+            return [matching.best_matches(*pair, maps_dtype=dtype)[0] for pair in pairs]
 
         def optimise(gradients: dict, opt_state: Any, params: dict) -> tuple:
             updates, opt_state = self.optimizer.update(gradients, opt_state, params)
