@@ -119,7 +119,7 @@ else
   note "left out: the benchmark job, because grain, ml-collections or tensorflow-datasets is not installed"
 fi
 
-module() { # NAME PACKAGE: tests.reference.NAME, where the package that it needs is installed
+reference() { # NAME PACKAGE: tests.reference.NAME, where the package that it needs is installed
   if [[ -n $small ]]; then
     note "left out: $1, because of --small"
   elif [[ ! -f tests/reference/$1.py ]]; then
@@ -131,9 +131,9 @@ module() { # NAME PACKAGE: tests.reference.NAME, where the package that it needs
   fi
 }
 
-module kernels jax
-module memory ml_collections
-module speed_metrics sklearn
+reference kernels jax
+reference memory ml_collections
+reference speed_metrics sklearn
 if [[ ! -f tests/reference/speed_torch.py ]]; then
   note "left out: PyTorch, because tests/reference/speed_torch.py is not there"
 elif ! has torch; then
