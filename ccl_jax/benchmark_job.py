@@ -51,14 +51,19 @@ def benchmark_job(config: ConfigDict, workdir: Path) -> int:
     check_writable(workdir, "--workdir")
     found = table.circumstances("ccl_jax.main", sys.argv[1:])
     split, reason = readable_split(config)
-    mesh.say("the training step is compiled and timed")
+    mesh.say(f"compiling the training step, then timing {config.benchmark.steps} of them")
     step = Step(config, workdir, where, split)
-    parts = [step.found, step.parts(), step.scoring()]
-    mesh.say("metrics and input are timed")
+    parts = [step.found]
+    mesh.say("timing the parts of the step, each compiled alone")
+    parts.append(step.parts())
+    mesh.say("timing the scoring")
+    parts.append(step.scoring())
+    mesh.say("timing the metrics")
     parts.append(metrics(config, where, split))
     if split is None:
         parts.append(without_reading(reason))
     else:
+        mesh.say("timing the input pipeline")
         parts.append(reading(config, where, split, step.steps))
     rows = [described(config, where), *(row for part in parts for row in part.rows)]
     for part in parts:

@@ -23,6 +23,7 @@ from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.pretraining.run import WEIGHTS, Look, check_recipe, pretrain
 from ccl_jax.provenance import provenance
+from ccl_jax.run_log import with_bar
 from ccl_jax.scoring import Scorer, Scorers, architecture_of, map_settings_of
 from ccl_jax.signals import Stopped, StopRequest
 from ccl_jax.state import TrainState
@@ -192,6 +193,7 @@ def predict_job(config: ConfigDict, workdir: Path) -> int:
     scorer = scorer_of(
         workdir, config.to_dict(), step=config.predict.step, devices=config.run.devices
     )
+    print(f"scoring {config.predict.input} with step {scorer.step} of {workdir}", flush=True)
     table, unreadable = predict_files(
         Detector(scorer),
         Path(config.predict.input),
@@ -269,7 +271,7 @@ def evaluate_and_print(
     Returns the mean metrics as they are logged. `cache` keeps the test images for the next
     evaluation; `over` goes over the batches, and may raise between two of them.
     """
-    folder = workdir / "evaluation" / str(scorer.step)
+    folder, progress = workdir / "evaluation" / str(scorer.step), config.run.progress
     with pipeline.evaluation_batches(
         split.test,
         image_size=config.data.image_size,
@@ -283,7 +285,7 @@ def evaluate_and_print(
         results = evaluate(
             scorer,
             split.test,
-            over(batches),
+            with_bar(over(batches), len(split.test), config.eval.batch_size, wanted=progress),
             split.class_names,
             conventions=conventions_of(config),
             folder=folder,
@@ -298,8 +300,8 @@ def evaluate_and_print(
     if config.eval.published_metrics:
         names = " and ".join(config.eval.published_metrics)
         lines.append(f"{folder}/results.md: also {names}")
-    pictures = ": figures" if config.eval.figures_per_class else ""
-    lines.append(f"{folder}/report.html{pictures}")
+    pictures = " and figures" if config.eval.figures_per_class else ""
+    lines.append(f"{folder}/report.html: table{pictures}, to open in a browser")
     mesh.say("\n" + "\n".join(lines))
     mean = results["mean"].items()
     return {f"evaluation/{name}": value for name, value in mean if value is not None}

@@ -119,6 +119,7 @@ class Loop:
         the shardings that it takes it in. The log learns how long that took, and its FLOPs.
         """
         self._watch.at("compiling")
+        self._log.compiling()
         start = time.perf_counter()
 
         def voting_step(state: TrainState, *rest: Any) -> tuple[TrainState, Scalars, Array | None]:

@@ -46,6 +46,9 @@ class Detector:
     def __init__(self, scorer: Scorer) -> None:
         self._scorer = scorer
 
+    def __repr__(self) -> str:
+        return f"Detector(step={self.step}, size={self.size})"
+
     @property
     def size(self) -> int:
         """Side in pixels of the square that images are resized to, and of the score maps."""

@@ -6,16 +6,42 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from tqdm import tqdm
 
 from ccl_jax import mesh
 from ccl_jax.atomic import write_atomically
 from ccl_jax.throughput import Goodput, SlowStep, Throughput
+
+SELDOM = 30.0  # seconds between two states of a progress bar that goes to a file
+Batch = TypeVar("Batch")
+
+
+def with_bar(
+    batches: Iterable[Batch], images: int, batch_size: int, *, wanted: bool
+) -> Iterator[Batch]:
+    """Goes over the batches of so many test images; the first process shows a bar if wanted."""
+    bar = progress_bar(images, "image", wanted=wanted, desc="scoring", leave=False)
+    with bar:
+        for batch in batches:
+            yield batch
+            bar.update(min(batch_size, images - bar.n))
+
+
+def progress_bar(total: int, unit: str, *, wanted: bool, **more: Any) -> tqdm:
+    """A bar on standard error, in the first process, where one is wanted."""
+    return tqdm(
+        total=total,
+        unit=unit,
+        dynamic_ncols=True,
+        mininterval=0.5 if sys.stderr.isatty() else SELDOM,
+        disable=not (wanted and mesh.is_first()),
+        **more,
+    )
 
 
 class RunLog:
@@ -54,14 +80,7 @@ class RunLog:
             self._goodput = Goodput(folder / "goodput.json", useful, wall_clock)
         self._events_wanted = first and tensorboard
         self._folder, self._start_step = folder, start_step
-        self._bar = tqdm(
-            total=total_steps,
-            initial=start_step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30,  # seconds; a file gets few lines
-            disable=not (first and progress),
-        )
+        self._bar = progress_bar(total_steps, "step", wanted=progress, initial=start_step)
         self._step = start_step
 
     def __enter__(self) -> "RunLog":
@@ -100,10 +119,16 @@ class RunLog:
         """A block whose time counts as one in which a checkpoint held the steps up."""
         return self._throughput.saving()
 
+    def compiling(self) -> None:
+        """Says beside the progress bar why no step ends for a while."""
+        self._bar.set_postfix_str("compiling the training step")
+
     def compiled(self, seconds: float, flops: float) -> None:
         """Starts counting speed: the step is compiled, and takes `flops` over all devices."""
         self._compile_seconds = seconds
         self._throughput.begin(flops)
+        self._bar.set_postfix_str("")
+        self._bar.unpause()  # so that its rate is that of the steps
 
     def advance(self, step: int) -> None:
         """Counts the step and moves the progress bar to it; notes a step that took far too long."""

@@ -11,8 +11,6 @@ from ccl_jax.atomic import write_atomically
 HEAD = """# How fast it is
 
 Each part was measured by the command in it, and is replaced when that runs again on such a machine.
-The loader against PyTorch's has a page of its own, [loader.md](loader.md), and so has what several
-devices send each other, [scaling.md](scaling.md).
 """
 
 

@@ -104,6 +104,7 @@ def main(words: Sequence[str]) -> int:
     try:
         recipe = Published(architecture, given.batch, given.image_size)
         batches = recipe.batches()
+        say(f"compiling the training step, then timing {given.steps} of them")
         training = recipe.training(batches, **how)
         rows = table.training_rows(
             training,
@@ -115,13 +116,16 @@ def main(words: Sequence[str]) -> int:
         kernels, state = [], training.state
         if given.profile is not None:
             run = Steps(training.step, state, recipe.frozen, batches, recipe.where)
+            say("recording a profile")
             kernels = profile.record(given.profile, run, repeats=PROFILED)
             state = run.state
         images = [batch["image"] for batch in batches]
+        say("timing the scoring")
         scoring = time_scoring(recipe.scorer(state), images, ahead=recipe.ahead, **how)
         rows.append(table.scoring_row(scoring, given.batch))
         parts: dict[str, Times] = {}
         if not given.no_parts:
+            say("timing the parts of the step, each compiled alone (--no-parts leaves them out)")
             parts = recipe.parts(state).time(batches, ahead=recipe.ahead, **how)
     except (ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -138,6 +142,11 @@ def main(words: Sequence[str]) -> int:
         found["kernels"] = [kernel._asdict() for kernel in kernels[: profile.LONGEST]]
         table.write_json(given.json, found)
     return 0
+
+
+def say(what: str) -> None:
+    """Says on stderr what comes next; stdout is for the tables."""
+    print(what, file=sys.stderr, flush=True)
 
 
 def arguments(words: Sequence[str]) -> argparse.Namespace:
