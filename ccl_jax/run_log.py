@@ -25,14 +25,14 @@ def with_bar(
     batches: Iterable[Batch], images: int, batch_size: int, *, wanted: bool
 ) -> Iterator[Batch]:
     """Goes over the batches of so many test images; the first process shows a bar if wanted."""
-    bar = progress_bar(images, "image", wanted=wanted, desc="scoring", leave=False)
+    bar = _new_bar(images, "image", wanted=wanted, desc="scoring", leave=False)
     with bar:
         for batch in batches:
             yield batch
             bar.update(min(batch_size, images - bar.n))
 
 
-def progress_bar(total: int, unit: str, *, wanted: bool, **more: Any) -> tqdm:
+def _new_bar(total: int, unit: str, *, wanted: bool, **more: Any) -> tqdm:
     """A bar on standard error, in the first process, where one is wanted."""
     return tqdm(
         total=total,
@@ -80,7 +80,7 @@ class RunLog:
             self._goodput = Goodput(folder / "goodput.json", useful, wall_clock)
         self._events_wanted = first and tensorboard
         self._folder, self._start_step = folder, start_step
-        self._bar = progress_bar(total_steps, "step", wanted=progress, initial=start_step)
+        self._bar = _new_bar(total_steps, "step", wanted=progress, initial=start_step)
         self._step = start_step
 
     def __enter__(self) -> "RunLog":

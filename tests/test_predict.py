@@ -45,8 +45,11 @@ def test_the_image_score_is_the_maximum_of_the_map(detector, photos):
     assert prediction.scores[0] == prediction.maps[0].max()
 
 
-def test_a_detector_says_what_it_is_and_no_images_give_an_empty_prediction(detector):
+def test_a_detector_says_what_it_is(detector):
     assert repr(detector) == "Detector(step=4, size=64)"
+
+
+def test_no_images_give_an_empty_prediction(detector):
     prediction = detector.predict([])
     assert prediction.scores.shape == (0,) and prediction.maps.shape == (0, 64, 64)
 

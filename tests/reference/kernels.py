@@ -50,10 +50,9 @@ class Row(NamedTuple):
 
 
 def milliseconds(call: Callable[..., Any], inputs: list[tuple], repeats: int) -> float:
-    """The median time of the jitted call, on inputs that take turns."""
-    jitted = jax.jit(call)
+    """The median time of the compiled call, on inputs that take turns."""
     times = time_calls(
-        lambda number: jitted(*inputs[number % len(inputs)]),
+        lambda number: call(*inputs[number % len(inputs)]),
         warm_up=2,
         repeats=repeats,
         ahead=False,
@@ -99,8 +98,10 @@ def searches(images: int, repeats: int) -> Iterator[Row]:
     """The forms of the search, each over all scales of a network."""
     for network, scales in SCALES.items():
         inputs = [pairs_of_maps(scales, images, 10 * turn) for turn in range(TURNS)]
-        forms = {f"argmax, blocks of {block}": functools.partial(by_argmax, block=block)
-                 for block in BLOCKS}  # fmt: skip
+        forms: dict[str, Callable] = {
+            f"argmax, blocks of {block}": functools.partial(by_argmax, block=block)
+            for block in BLOCKS
+        }
         for dtype in (None, jnp.bfloat16):
             for block in BLOCKS:
                 held = "float32" if dtype is None else "rounded to bfloat16"
@@ -113,11 +114,11 @@ def searches(images: int, repeats: int) -> Iterator[Row]:
 
         reference = None
         for name, form in forms.items():
-            call = functools.partial(over_scales, form)
+            call = jax.jit(functools.partial(over_scales, form)).lower(*inputs[0]).compile()
             spent = milliseconds(call, inputs, repeats)
-            found = np.concatenate([index.ravel() for index, _ in jax.jit(call)(*inputs[0])])
+            found = np.concatenate([index.ravel() for index, _ in call(*inputs[0])])
             reference = found if reference is None else reference
-            plan = jax.jit(call).lower(*inputs[0]).compile().memory_analysis()
+            plan = call.memory_analysis()
             yield Row(
                 f"search, {network}, {images} images",
                 name,
@@ -163,7 +164,7 @@ def convolutions(images: int, repeats: int) -> Iterator[Row]:
             yield Row(
                 f"3x3, {channels} channels, {images} maps of {side}x{side}, forward and backward",
                 name,
-                milliseconds(forward_and_backward(form), inputs, repeats),
+                milliseconds(jax.jit(forward_and_backward(form)), inputs, repeats),
                 "taken" if (side <= layers.SMALL) == (name != "convolution") else "",
             )
 
@@ -191,7 +192,7 @@ def encoders(images: int, repeats: int) -> Iterator[Row]:
     for name, form in forms.items():
         what = f"encoder, resnet18, two views of {images} images of 128x128"
         note = "taken" if name == "one after the other" else ""
-        yield Row(what, name, milliseconds(form, inputs, repeats), note)
+        yield Row(what, name, milliseconds(jax.jit(form), inputs, repeats), note)
 
 
 def precisions(repeats: int) -> Iterator[Row]:
@@ -211,7 +212,7 @@ def precisions(repeats: int) -> Iterator[Row]:
                 (normal(turn, *shape, dtype=dtype), normal(turn + 3, 3, 3, 256, 256, dtype=dtype))
                 for turn in range(TURNS)
             ]
-            spent = milliseconds(form, inputs, repeats)
+            spent = milliseconds(jax.jit(form), inputs, repeats)
             rate = f"{FLOPS_OF_A_PRODUCT / spent / 1e9:.3f} TFLOP/s"
             yield Row(name, jnp.dtype(dtype).name, spent, rate)
 
