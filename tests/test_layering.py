@@ -39,6 +39,7 @@ ONLY_IN = {
     "grain": ("ccl_jax/data/pipeline.py",),
     "tensorflow_datasets": ("ccl_jax/data/builders.py",),
     "array_record": ("ccl_jax/data/manifest.py", "ccl_jax/data/shards.py"),
+    "google.protobuf": ("ccl_jax/data/examples.py",),
     "fsspec": ("ccl_jax/data/remote.py",),
     "ml_collections": ("ccl_jax/config.py", "ccl_jax/main.py", "configs/*"),
     "jax.distributed": ("ccl_jax/mesh.py",),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, write_photos
 from numbered import joined
-from test_builders import flip, odd_split, prepare, read, shard_file, truncate
+from test_builders import SETTINGS, flip, odd_split, prepare, read, shard_file, truncate
 
 from ccl_jax.data import manifest
 from ccl_jax.data.layouts import Split, read_mvtec, read_split
@@ -120,6 +120,30 @@ def test_a_record_that_was_read_can_be_pickled_and_read_again(prepared):
     assert len({id(record.image.shard) for record in again}) < len(again)  # still shared
     for record, image in zip(again, want, strict=True):
         np.testing.assert_array_equal(read_image(record, SIZE), image)
+
+
+def test_threads_that_begin_together_read_without_tensorflow_datasets(prepared):
+    """While that is imported, another thread's `from ... import` yields stand-ins."""
+    program = f"""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Barrier
+from ccl_jax.data.shards import read_prepared
+
+folder = Path({str(prepared)!r})
+records = read_prepared(folder, image_size={SIZE}, settings={SETTINGS!r}).train[:4]
+together = Barrier(len(records))
+def read(record):
+    together.wait()
+    return record.image.read()
+with ThreadPoolExecutor(len(records)) as pool:
+    assert all(pool.map(read, records))
+print("tensorflow_datasets" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["False"]
 
 
 def test_many_threads_share_a_reader(prepared):

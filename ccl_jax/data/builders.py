@@ -24,7 +24,6 @@ import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import example_serializer, file_adapters
-from tensorflow_datasets.proto.tf_example_generated_pb2 import Example
 
 from ccl_jax.data import listings, manifest
 from ccl_jax.data.layouts import Split
@@ -299,11 +298,6 @@ def _write_tfds_metadata(folder: Path, complete: Manifest, about: Mapping[str, s
         check_data=False,  # it would print; the shards have been counted
         **about,
     )
-
-
-def picture_in(example: bytes, part: str) -> bytes:
-    """The encoded "image" or "mask" in a serialised example."""
-    return Example.FromString(example).features.feature[part].bytes_list.value[0]
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -10,7 +10,7 @@ from typing import Any
 
 from array_record.python import array_record_module
 
-from ccl_jax.data import listings, manifest
+from ccl_jax.data import examples, listings, manifest
 from ccl_jax.data.layouts import Split
 from ccl_jax.data.layouts.folders import choose_classes, composed
 from ccl_jax.data.listings import Row
@@ -40,14 +40,14 @@ class ShardReader:
         """
         try:
             (example,) = self._opened().read([position])
-        except RuntimeError as error:
+            return examples.bytes_of(example, part)
+        except StoreError:
+            raise
+        except (RuntimeError, ValueError) as error:
             raise StoreError(
                 f"record {position} of {self.path} cannot be read ({error}). "
                 f"{repair(self.path.parent)}"
             ) from error
-        from ccl_jax.data.builders import picture_in  # tensorflow_datasets takes seconds
-
-        return picture_in(example, part)
 
     def _opened(self) -> Any:
         with self._lock:
