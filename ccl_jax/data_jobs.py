@@ -4,18 +4,12 @@ import json
 import os
 from pathlib import Path
 
-from ccl_jax import prepare
+from ccl_jax import prepare, progress
 from ccl_jax.atomic import write_atomically
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import census_report, layouts
 from ccl_jax.data.census import Census, file_of, take_census
-from ccl_jax.datasets import (
-    list_folder,
-    print_left_aside,
-    print_sources,
-    progress_bar,
-    read_folder,
-)
+from ccl_jax.datasets import list_folder, print_left_aside, print_sources, read_folder
 from ccl_jax.settings import parts_of
 from ccl_jax.workdir import check_writable
 
@@ -42,7 +36,7 @@ def prepare_job(config: ConfigDict, workdir: Path) -> int:
         )
     print("\n".join([f"{roots_of(config)}: {len(rows)} classes", *rows]), flush=True)
     if config.data.source == "prepared":
-        bar = progress_bar("preparing images", "image", wanted=config.run.progress)
+        bar = progress.callback("preparing images", "image", shown=config.run.progress)
         print(prepare.write_prepared(config, split, bar))
     return 0
 
@@ -56,7 +50,7 @@ def census_of(config: ConfigDict, workdir: Path) -> int:
     check_writable(workdir, "--workdir")
     from_shards = config.data.source == "prepared" and not all(prepare.image_folders(config))
     if from_shards:
-        bar = progress_bar("fetching shards", "shard", wanted=config.run.progress)
+        bar = progress.callback("fetching shards", "shard", shown=config.run.progress)
         split = prepare.read_prepared(config, bar, full=True)
     else:
         split = list_folder(config, for_census=True)
@@ -65,7 +59,7 @@ def census_of(config: ConfigDict, workdir: Path) -> int:
         split.test,
         image_size=config.data.image_size,
         threads=config.run.threads,
-        progress=progress_bar("opening images", "image", wanted=config.run.progress),
+        progress=progress.callback("opening images", "image", shown=config.run.progress),
     )
     details = (workdir / "census.json").absolute()
     where = prepare.location_of(config) if from_shards else roots_of(config)

@@ -1,11 +1,8 @@
 """The data sets of a config: read, described, and what is left aside of them."""
 
-from collections.abc import Callable
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ccl_jax import prepare
+from ccl_jax import prepare, progress
 from ccl_jax.config import ConfigDict
 from ccl_jax.data import layouts
 from ccl_jax.data.pictures import check_pictures
@@ -19,7 +16,7 @@ def read_split(config: ConfigDict) -> layouts.Split:
     Prints what of a folder is not used.
     """
     if config.data.source == "prepared":
-        bar = progress_bar("fetching shards", "shard", wanted=config.run.progress)
+        bar = progress.callback("fetching shards", "shard", shown=config.run.progress)
         split = prepare.read_prepared(config, bar)
         check_records(split.train, split.test)
         return split
@@ -56,7 +53,7 @@ def list_folder(config: ConfigDict, *, for_census: bool = False) -> layouts.Spli
         synthetic.write_benchmark(
             Path(data.root),
             **config.synthetic.to_dict(),
-            progress=progress_bar("generating images", "image", wanted=config.run.progress),
+            progress=progress.callback("generating images", "image", shown=config.run.progress),
         )
     if data.layout == "joint":
         split = layouts.read_joint(
@@ -101,19 +98,3 @@ def print_left_aside(config: ConfigDict) -> None:
             follow_links=data.follow_links,
         ):
             print(f"{name}: {note}", flush=True)
-
-
-def progress_bar(what: str, unit: str, *, wanted: bool) -> Callable[[int, int], None] | None:
-    """A callback (done, total) that draws a bar from its first call on."""
-    if not wanted:
-        return None
-    bar: list[tqdm] = []
-
-    def progress(done: int, total: int) -> None:
-        if not bar:
-            bar.append(tqdm(desc=what, unit=unit, total=total))
-        bar[0].update(done - bar[0].n)
-        if done == total:
-            bar[0].close()
-
-    return progress

@@ -22,8 +22,8 @@ from ccl_jax.predict import Detector, predict_files, scorer_of
 from ccl_jax.pretraining.episodes import Episodes
 from ccl_jax.pretraining.learn import Plan, Recipe
 from ccl_jax.pretraining.run import WEIGHTS, Look, check_recipe, pretrain
+from ccl_jax.progress import over_images
 from ccl_jax.provenance import provenance
-from ccl_jax.run_log import with_bar
 from ccl_jax.scoring import Scorer, Scorers, architecture_of, map_settings_of
 from ccl_jax.signals import Stopped, StopRequest
 from ccl_jax.state import TrainState
@@ -271,7 +271,10 @@ def evaluate_and_print(
     Returns the mean metrics as they are logged. `cache` keeps the test images for the next
     evaluation; `over` goes over the batches, and may raise between two of them.
     """
-    folder, progress = workdir / "evaluation" / str(scorer.step), config.run.progress
+    folder, shown = (
+        workdir / "evaluation" / str(scorer.step),
+        config.run.progress and mesh.is_first(),
+    )
     with pipeline.evaluation_batches(
         split.test,
         image_size=config.data.image_size,
@@ -285,7 +288,7 @@ def evaluate_and_print(
         results = evaluate(
             scorer,
             split.test,
-            with_bar(over(batches), len(split.test), config.eval.batch_size, wanted=progress),
+            over_images(over(batches), len(split.test), config.eval.batch_size, shown=shown),
             split.class_names,
             conventions=conventions_of(config),
             folder=folder,

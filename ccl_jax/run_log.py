@@ -6,42 +6,15 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeVar
-
-from tqdm import tqdm
+from typing import IO, Any
 
 from ccl_jax import mesh
 from ccl_jax.atomic import write_atomically
+from ccl_jax.progress import new_bar
 from ccl_jax.throughput import Goodput, SlowStep, Throughput
-
-SELDOM = 30.0  # seconds between two states of a progress bar that goes to a file
-Batch = TypeVar("Batch")
-
-
-def with_bar(
-    batches: Iterable[Batch], images: int, batch_size: int, *, wanted: bool
-) -> Iterator[Batch]:
-    """Goes over the batches of so many test images; the first process shows a bar if wanted."""
-    bar = _new_bar(images, "image", wanted=wanted, desc="scoring", leave=False)
-    with bar:
-        for batch in batches:
-            yield batch
-            bar.update(min(batch_size, images - bar.n))
-
-
-def _new_bar(total: int, unit: str, *, wanted: bool, **more: Any) -> tqdm:
-    """A bar on standard error, in the first process, where one is wanted."""
-    return tqdm(
-        total=total,
-        unit=unit,
-        dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else SELDOM,
-        disable=not (wanted and mesh.is_first()),
-        **more,
-    )
 
 
 class RunLog:
@@ -80,7 +53,7 @@ class RunLog:
             self._goodput = Goodput(folder / "goodput.json", useful, wall_clock)
         self._events_wanted = first and tensorboard
         self._folder, self._start_step = folder, start_step
-        self._bar = _new_bar(total_steps, "step", wanted=progress, initial=start_step)
+        self._bar = new_bar(total_steps, "step", shown=progress and first, initial=start_step)
         self._step = start_step
 
     def __enter__(self) -> "RunLog":

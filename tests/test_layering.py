@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "atomic": -1,  # for all
     **dict.fromkeys(("collectives", "matching", "augment", "anomaly_map", "figures"), 0),
-    **dict.fromkeys(("throughput", "whereabouts", "ending"), 0),
+    **dict.fromkeys(("throughput", "progress", "whereabouts", "ending"), 0),
     **dict.fromkeys(("data", "metrics", "models"), 0),  # each may import itself
     **dict.fromkeys(("mesh", "checksums", "retention", "determinism", "compiled"), 0),
     **dict.fromkeys(("state", "checkpoint", "run_log", "workdir", "report"), 1),

@@ -8,7 +8,6 @@ import jax
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
-from ccl_jax import run_log
 from ccl_jax.run_log import RunLog
 
 
@@ -130,14 +129,6 @@ def test_the_bar_says_that_the_step_is_compiled_and_leaves_that_out_of_its_rate(
         log.compiled(0.05, 1e9)
         assert log._bar.start_t >= begun + 0.05
         assert "compiling" not in str(log._bar)
-
-
-@pytest.mark.parametrize("wanted", [True, False])
-def test_test_images_are_counted_beside_a_bar_where_one_is_wanted(capsys, wanted):
-    assert list(run_log.with_bar(iter("abc"), 10, 4, wanted=wanted)) == ["a", "b", "c"]
-    shown = capsys.readouterr().err
-    assert ("scoring" in shown and "/10" in shown) == wanted
-    assert bool(shown) == wanted
 
 
 def test_without_progress_nothing_is_shown(tmp_path, capsys):
