@@ -7,11 +7,11 @@ usage() {
 Usage: launch/benchmark.sh OUT [--small]
 
 Runs on the devices at hand, and writes into the folder OUT, a log for each part: the tests of
-ccl_jax that need no data (where pytest is installed), the published training step for batches of
-16, 64 and 128 images of 256x256 in float32 and bfloat16, a profile of one of them with its ten
-longest kernels, the forms of single computations, and, where their packages are installed, the
-benchmark job of configs/mvtec.py for the same batches, the memory of its step, the metrics at scale
-and the comparison with PyTorch. Needs no data and no weights, and of the dependencies at least jax,
+ccl_jax that need no data (where pytest is installed), the benchmark job of configs/mvtec.py for
+batches of 16, 64 and 128 images of 256x256 in float32 and bfloat16 (its training step and scoring
+alone where the job's packages are missing), a profile of one step with its ten longest kernels, the
+forms of single computations, and, where their packages are installed, the memory of the step, the
+metrics at scale and the comparison with PyTorch. Needs no data and no weights, and of the dependencies at least jax,
 flax, optax, orbax, jaxtyping, safetensors, filelock and tqdm. OUT/summary.txt says what was done,
 OUT/benchmarks.md has the tables as docs/benchmarks.md has them; the exit status is 1 if a part
 failed.
@@ -88,36 +88,35 @@ else
   note "left out: tests, because pytest or beartype is not installed"
 fi
 
-for dtype in float32 bfloat16; do
-  for batch in $batches; do
-    extra=()
-    if [[ $batch == 16 && $dtype == bfloat16 || -n $small && $dtype == float32 ]]; then
-      extra=(--profile "$out/profile-$batch-$dtype")
-    fi
-    part "step-$batch-$dtype" "$python" -m ccl_jax.benchmark.step --batch "$batch" --dtype "$dtype" \
-      --encoder "$encoder" --image-size "$size" --steps "$steps" --warm-up "$warm_up" \
-      --json "$out/step-$batch-$dtype.json" "${extra[@]}"
-  done
-done
-
 page=$out/benchmarks.md
+complete=
 if has grain && has ml_collections && has tensorflow_datasets; then
-  for dtype in float32 bfloat16; do
-    for batch in $batches; do
-      if [[ -z $small || $dtype == bfloat16 ]]; then
-        part "job-$batch-$dtype" "$python" -m ccl_jax.main --job benchmark \
-          --config configs/mvtec.py --workdir "$out/job-$batch-$dtype" \
-          "--config.benchmark.page=$page" "--config.benchmark.steps=$steps" \
-          "--config.benchmark.warm_up=$warm_up" --config.encoder.weights=random \
-          "--config.model.encoder=$encoder" "--config.model.compute_dtype=$dtype" \
-          "--config.data.image_size=$size" "--config.train.batch_size=$batch" \
-          "--config.eval.batch_size=$batch"
-      fi
-    done
-  done
+  complete=yes
 else
   note "left out: the benchmark job, because grain, ml-collections or tensorflow-datasets is not installed"
 fi
+for dtype in float32 bfloat16; do
+  for batch in $batches; do
+    if [[ -n $complete && (-z $small || $dtype == bfloat16) ]]; then
+      part "job-$batch-$dtype" "$python" -m ccl_jax.main --job benchmark \
+        --config configs/mvtec.py --workdir "$out/job-$batch-$dtype" \
+        "--config.benchmark.page=$page" "--config.benchmark.steps=$steps" \
+        "--config.benchmark.warm_up=$warm_up" --config.encoder.weights=random \
+        "--config.model.encoder=$encoder" "--config.model.compute_dtype=$dtype" \
+        "--config.data.image_size=$size" "--config.train.batch_size=$batch" \
+        "--config.eval.batch_size=$batch"
+    fi
+    profile=()
+    if [[ $batch == 16 && $dtype == bfloat16 || -n $small && $dtype == float32 ]]; then
+      profile=(--profile "$out/profile-$batch-$dtype")
+    fi
+    if [[ -z $complete || ${#profile[@]} -gt 0 ]]; then # the job times the others
+      part "step-$batch-$dtype" "$python" -m ccl_jax.benchmark.step --batch "$batch" \
+        --dtype "$dtype" --encoder "$encoder" --image-size "$size" --steps "$steps" \
+        --warm-up "$warm_up" --json "$out/step-$batch-$dtype.json" "${profile[@]}"
+    fi
+  done
+done
 
 reference() { # NAME PACKAGE: tests.reference.NAME, where the package that it needs is installed
   if [[ -n $small ]]; then

@@ -358,14 +358,14 @@ def test_benchmark_script_runs_at_a_small_size_and_says_what_it_left_out(tmp_pat
     run = alone("launch/benchmark.sh", str(tmp_path / "out"), "--small", PYTHON=sys.executable)
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert run.returncode == 0, run.stdout + run.stderr
-    assert "done: step-4-float32\n" in summary and "done: step-4-bfloat16\n" in summary
-    assert "done: tests\n" in summary and "done: job-4-bfloat16\n" in summary
+    assert "done: tests\n" in summary and "done: step-4-float32\n" in summary
+    assert "done: job-4-bfloat16\n" in summary and "step-4-bfloat16" not in summary
     assert "batch 4, bfloat16" in (tmp_path / "out" / "benchmarks.md").read_text()
     assert "left out: kernels, because of --small\n" in summary
     assert "PyTorch" in summary or "done: torch\n" in summary
     log = (tmp_path / "out" / "step-4-float32.log").read_text()
     assert "| kernel | ms a step |" in log
-    assert json.loads((tmp_path / "out" / "step-4-bfloat16.json").read_text())["step_seconds"]
+    assert json.loads((tmp_path / "out" / "step-4-float32.json").read_text())["step_seconds"]
 
 
 def test_benchmark_script_goes_on_after_a_failure_and_ends_with_it(tmp_path):
@@ -376,4 +376,15 @@ def test_benchmark_script_goes_on_after_a_failure_and_ends_with_it(tmp_path):
     assert run.returncode == 1
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "FAILED with status 1: step-4-float32" in summary
-    assert "done: step-4-bfloat16" in summary
+    assert "done: job-4-bfloat16" in summary
+
+
+def test_benchmark_script_times_the_step_alone_where_the_job_lacks_its_packages(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\n[[ "$*" != *"find_spec(\'grain\')"* ]]\n')
+    python.chmod(0o755)
+    run = alone("launch/benchmark.sh", str(tmp_path / "out"), "--small", PYTHON=str(python))
+    assert run.returncode == 0, run.stdout + run.stderr
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "done: step-4-float32\n" in summary and "done: step-4-bfloat16\n" in summary
+    assert "left out: the benchmark job" in summary and "done: job" not in summary
