@@ -295,7 +295,8 @@ def test_the_twins_score_maps_are_ours(torch_side):
 @pytest.mark.slow
 def test_both_sides_are_timed_on_the_same_work(torch_side, tmp_path):
     page, found = tmp_path / "page.md", tmp_path / "found.json"
-    words = ["--image-size", "64", "--batches", "2", "--repeats", "1", "--parts"]
+    words = ["--encoder", "resnet10", "--image-size", "64", "--batches", "2", "--repeats", "1"]
+    words.append("--parts")
     text = speed_torch.main([*words, "--json", str(found), "--page", str(page)])
     rows = json.loads(found.read_text())["rows"]
     measured = {(row["way"], row["task"]) for row in rows if row["seconds"][0] > 0}
@@ -304,7 +305,23 @@ def test_both_sides_are_timed_on_the_same_work(torch_side, tmp_path):
     assert measured == {(way, task) for way in ways for task in tasks} | {(OURS, WHOLE)}
     assert not any(row["failed"] for row in rows)
     assert text.strip() in page.read_text()
-    assert "python -m tests.reference.speed_torch --image-size 64 --batches 2" in text
+    assert "python -m tests.reference.speed_torch --encoder resnet10 --image-size 64" in text
+
+
+def test_parts_of_the_twin_are_timed_in_training_though_scoring_came_between(torch_side, tmp_path):
+    theirs = importlib.import_module("tests.reference.speed_theirs")
+    sizes = {"images": 2, "different": 1, "image_size": 32}
+    weights = tmp_path / "weights.npz"
+    twin = theirs.randomise(theirs.Twin("resnet10"), seed=0)
+    np.savez(weights, **theirs.to_numpy(twin))
+    timed = theirs.Timed(sizes | {"encoder": "resnet10", "weights": str(weights)}, tuned=False)
+    part = timed.part(theirs.Variant(), "projector, neck, decoder")
+    timed.infer(theirs.Variant())(1)
+    before = timed.model.net_s.state_dict()
+    before = {name: value.clone() for name, value in before.items() if "running_mean" in name}
+    part(1)
+    after = timed.model.net_s.state_dict()
+    assert before and all(not theirs.torch.equal(value, after[n]) for n, value in before.items())
 
 
 # --- metrics ---

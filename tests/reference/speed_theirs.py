@@ -162,6 +162,7 @@ class Timed:
         work = self.training.update if name == "optimizer" else self.as_in(variant, functions[name])
 
         def job(steps: int) -> dict[str, Any]:
+            self.model.train()  # scoring has come between
             with torch.set_grad_enabled(name not in ("encoder", "best-match search")):
                 for _ in range(steps):
                     result = work()

@@ -35,6 +35,7 @@ class Plan:
 
 BASIC, BOTTLENECK = (3, 3), (1, 3, 1)
 PLANS = {
+    "resnet10": Plan(BASIC, 1, (1, 1, 1), 1),
     "resnet18": Plan(BASIC, 1, (2, 2, 2), 2),
     "resnet34": Plan(BASIC, 1, (3, 4, 6), 3),
     "resnet50": Plan(BOTTLENECK, 1, (3, 4, 6), 3),
