@@ -270,8 +270,8 @@ def _decode(data: Source, name: str, *, only_size: bool = False) -> Image.Image:
                 "-n), and run the same command again."
             ) from error
         raise ValueError(
-            f"{name} cannot be read as an image: {_reason(error)}. Replace the file or take it out "
-            "of the data; no image is skipped silently."
+            f"{name} cannot be read as an image: {_reason(error)}. Replace the file or leave it "
+            "out; no image is skipped silently."
         ) from error
 
 
