@@ -210,7 +210,9 @@ WHOLE = {suffix: encoded(Image.fromarray(noise(40, 40)), suffix) for suffix in (
 def test_a_damaged_file_is_one_error_with_name_reason_and_fix(tmp_path, data, reason):
     file = tmp_path / "damaged.png"
     file.write_bytes(data)
-    with pytest.raises(ValueError, match=f"(?s){reason}.*Replace the file or leave it out") as error:
+    with pytest.raises(
+        ValueError, match=f"(?s){reason}.*Replace the file or leave it out"
+    ) as error:
         read_image(record(file), 8)
     assert str(error.value).startswith(f"{file} cannot be read as an image: ")
     assert "\n" not in str(error.value)

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +91,12 @@ def put_rows(tree: Any, where: jax.sharding.Mesh) -> Any:
     )
 
 
-def training(where: jax.sharding.Mesh, dtype: type, encoder: str, nudge: bool) -> dict[str, Any]:
-    """The first step of a small training, and the losses of STEPS steps.
+def trainings(
+    where: jax.sharding.Mesh, dtype: type, encoder: str, nudges: Sequence[float]
+) -> Iterator[dict[str, Any]]:
+    """The first step of a small training, and the losses of STEPS steps, for each of the nudges.
 
-    With `nudge` every pixel is larger by about one unit in the last place.
+    Every pixel is larger by about so many units in the last place.
     """
     architecture = Architecture("rd", encoder, "depthwise", "float32")
     optimizer = published.optimizer()
@@ -105,7 +107,7 @@ def training(where: jax.sharding.Mesh, dtype: type, encoder: str, nudge: bool) -
     def cast(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(dtype) if x.dtype == np.float32 else x, tree)
 
-    state = mesh.put_replicated(cast(state), where)
+    initial = mesh.put_replicated(cast(state), where)
     frozen = Frozen(*mesh.put_replicated(cast(frozen), where))
     graphdef, *_ = architecture.abstract()
     update = make_update(graphdef, optimizer, published.LOSSES, where)
@@ -118,24 +120,28 @@ def training(where: jax.sharding.Mesh, dtype: type, encoder: str, nudge: bool) -
 
     rng = np.random.default_rng(1)
     views = [rng.normal(size=(STEPS, IMAGES, SIZE, SIZE, 3)).astype(dtype) for _ in range(2)]
-    if nudge:
-        views = [view * (1 + np.finfo(dtype).eps) for view in views]
-    found: dict[str, Any] = {"curve": []}
-    for number in range(STEPS):
-        given = put_rows((views[0][number], views[1][number], labels), where)
-        state, scalars = step(state, *given)
-        scalars = jax.device_get(scalars)
-        found["curve"].append(scalars["loss"])
-        if number == 0:
-            found["terms"] = scalars
-            found["statistics"] = jax.device_get(state.batch_stats)
-            leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
-            found["gradients"] = {  # Adam's first moments: the clipped gradients, halved
-                jax.tree_util.keystr(path): jax.device_get(leaf)
-                for path, leaf in leaves
-                if ".mu[" in jax.tree_util.keystr(path)
-            }
-    return found
+    for nudge in nudges:
+        nudged = [(view * (1 + nudge * np.finfo(dtype).eps)).astype(dtype) for view in views]
+        state, found = initial, {"curve": []}
+        for number in range(STEPS):
+            given = put_rows((nudged[0][number], nudged[1][number], labels), where)
+            state, scalars = step(state, *given)
+            scalars = jax.device_get(scalars)
+            found["curve"].append(scalars["loss"])
+            if number == 0:
+                found |= first_step(state, scalars)
+        yield found
+
+
+def first_step(state: TrainState, scalars: Any) -> dict[str, Any]:
+    """What is compared of a first step; gradients as Adam's first moments, clipped and halved."""
+    leaves = jax.tree_util.tree_leaves_with_path(state.opt_state)
+    named = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    return {
+        "terms": scalars,
+        "statistics": jax.device_get(state.batch_stats),
+        "gradients": {name: jax.device_get(leaf) for name, leaf in named if ".mu[" in name},
+    }
 
 
 def work(dtype: str, output: Path, encoder: str, nudge: bool) -> None:
@@ -143,7 +149,7 @@ def work(dtype: str, output: Path, encoder: str, nudge: bool) -> None:
     mesh.initialize_distributed()
     where, kind = mesh.make_mesh(), np.dtype(dtype).type
     found = losses_and_gradients(where, kind)
-    found["training"] = training(where, kind, encoder, nudge)
+    found["training"], *found["nudged"] = trainings(where, kind, encoder, [0, 1] if nudge else [0])
     if mesh.is_first():
         output.write_bytes(pickle.dumps(jax.tree.map(np.asarray, found)))
     mesh.barrier("written")
@@ -256,11 +262,12 @@ def main(words: list[str]) -> int:
     encoder = ("--encoder", given.encoder)
     with tempfile.TemporaryDirectory() as folder:
         for dtype in given.dtypes.split(","):
-            want = start(1, 1, dtype, Path(folder), *encoder)
-            nudged = start(1, 1, dtype, Path(folder), *encoder, "--nudge")
-            differences = {(1, 1, dtype): rows_of(nudged, want)}
+            want = start(1, 1, dtype, Path(folder), *encoder, "--nudge")
+            (nudged,) = want.pop("nudged")
+            differences = {(1, 1, dtype): rows_of(want | {"training": nudged}, want)}
             for p, d in grid:
                 got = start(p, d, dtype, Path(folder), *encoder)
+                got.pop("nudged")
                 differences[p, d, dtype] = rows_of(got, want)
             print(table(differences, dtype), "\n", flush=True)
             wrong += too_large(differences, dtype)
