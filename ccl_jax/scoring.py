@@ -10,10 +10,13 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree, UInt8
 
-from ccl_jax import anomaly_map, augment, mesh
+from ccl_jax import anomaly_map, augment, compiled, mesh
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.models import network as networks
 from ccl_jax.state import TRAINED, Architecture, join, read_encoder, split_parts
+
+# Channels of an encoder, at most, whose convolutions leave cores idle: a ResNet of basic blocks.
+NARROW = 256
 
 
 class Scores(NamedTuple):
@@ -35,7 +38,6 @@ class MapSettings:
     pool: int  # pixels, side of the average pool before the maximum
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "settings", "where"))
 def score_images(
     graphdef: Any,
     params: PyTree,
@@ -45,10 +47,35 @@ def score_images(
     settings: MapSettings,
     where: jax.sharding.Mesh | None = None,
 ) -> Scores:
-    """Scores a batch of images with running statistics and without noise.
+    """Scores a batch of images with running statistics and without noise, in a compiled program.
 
     With `where` the scores lie on the devices that their images lie on.
     """
+    kernels = [leaf for leaf in jax.tree.leaves(params["encoder"]) if leaf.ndim == 4]
+    narrow = max(kernel.shape[-1] for kernel in kernels) <= NARROW
+    program = compiled_scoring(compiled.convolutions_on_all_cores() if narrow else ())
+    return program(graphdef, params, batch_stats, images, settings=settings, where=where)
+
+
+@functools.cache
+def compiled_scoring(options: tuple[tuple[str, str], ...]) -> Any:
+    """The scoring of `score_images`, jitted, with options for XLA."""
+    return jax.jit(
+        _score_images,
+        static_argnames=("graphdef", "settings", "where"),
+        compiler_options=dict(options) or None,
+    )
+
+
+def _score_images(
+    graphdef: Any,
+    params: PyTree,
+    batch_stats: PyTree,
+    images: UInt8[Array, "b h w 3"],
+    *,
+    settings: MapSettings,
+    where: jax.sharding.Mesh | None,
+) -> Scores:
     network = networks.merge(graphdef, params, batch_stats)
     out = network(augment.normalize(augment.to_unit(images)), train=False)
     maps = anomaly_map.score_map(

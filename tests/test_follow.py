@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from conftest import make_tiny_config
 
+from ccl_jax import compiled, jobs, main, mesh, report, scoring
 from ccl_jax import follow as following
-from ccl_jax import jobs, main, mesh, report, scoring
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.loop import check_together
 from ccl_jax.metrics.counts import UnusableScoresError
@@ -344,9 +344,10 @@ def test_a_trained_workdir_is_followed_to_its_end(trained, photos, tmp_path):
     config = make_tiny_config(photos)
     config.eval.follow = True
     config.run.tensorboard = True
-    compiled = scoring.score_images._cache_size()
+    program = scoring.compiled_scoring(compiled.convolutions_on_all_cores())
+    before = program._cache_size()
     assert jobs.evaluate_job(config, workdir) == 0
-    assert scoring.score_images._cache_size() <= compiled + 1
+    assert program._cache_size() <= before + 1
     for step in (2, 4):
         ours, theirs = (
             json.loads((folder / f"evaluation/{step}/results.json").read_text())

@@ -4,9 +4,10 @@
 
 Times, each jitted alone: the search for best matches (argmax or the first largest, block sizes,
 maps rounded to bfloat16), 3x3 convolutions as such and as products of patches, the encoder on two
-views one after the other and together, and what a product and a convolution gain by bfloat16. The
-search is on random maps of the sizes of a ResNet-18's for 128 pixels and of a WideResNet-50-2's for
-256; two views share smooth values, and each has noise of its own.
+views one after the other and together, and with its convolutions by each library that XLA has for
+CPUs, and what a product and a convolution gain by bfloat16. The search is on random maps of the
+sizes of a ResNet-18's for 128 pixels and of a WideResNet-50-2's for 256; two views share smooth
+values, and each has noise of its own.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from ccl_jax import matching
 from ccl_jax.benchmark.page import machine, replace_part
 from ccl_jax.benchmark.table import circumstances, heading
 from ccl_jax.benchmark.timing import time_calls
+from ccl_jax.compiled import convolutions_on_all_cores
 from ccl_jax.models import layers
 from ccl_jax.models import network as networks
 from ccl_jax.state import Architecture
@@ -37,6 +39,7 @@ SCALES = {
     "wide_resnet50_2, 256 pixels": ((64, 256), (32, 512), (16, 1024)),
 }
 CONVOLUTIONS = ((1, 512), (2, 512), (4, 512), (8, 256), (16, 128), (32, 64))  # side and channels
+ENCODERS = {("resnet18", 128): "Eigen", ("wide_resnet50_2", 256): "YNNPACK"}  # taken in scoring
 FLOPS_OF_A_PRODUCT = 2 * 2048 * 2304 * 256
 
 
@@ -169,9 +172,9 @@ def convolutions(images: int, repeats: int) -> Iterator[Row]:
             )
 
 
-def encoders(images: int, repeats: int) -> Iterator[Row]:
-    """A ResNet-18 on two views of 128x128, one by one as the network does it, and as one batch."""
-    architecture = Architecture("rd", "resnet18", "plain", "float32")
+def encoder_of(name: str) -> Callable[[jax.Array], networks.Maps]:
+    """An encoder with random weights."""
+    architecture = Architecture("rd", name, "plain", "float32")
     graphdef, params, stats = architecture.abstract()
     encoder = jax.jit(architecture.random_encoder)(jax.random.key(0))
     rest = {name: tree for name, tree in params.items() if name != "encoder"}
@@ -181,6 +184,12 @@ def encoders(images: int, repeats: int) -> Iterator[Row]:
         trees = {"encoder": encoder[0], **rest}, {"encoder": encoder[1], **rest_stats}
         return networks.merge(graphdef, *trees).encoder(views, train=False)
 
+    return encode
+
+
+def encoders(images: int, repeats: int) -> Iterator[Row]:
+    """A ResNet-18 on two views of 128x128, one by one as the network does it, and as one batch."""
+    encode = encoder_of("resnet18")
     forms = {
         "one after the other": lambda first, second: (encode(first), encode(second)),
         "as one batch": lambda first, second: encode(jnp.concatenate([first, second])),
@@ -193,6 +202,21 @@ def encoders(images: int, repeats: int) -> Iterator[Row]:
         what = f"encoder, resnet18, two views of {images} images of 128x128"
         note = "taken" if name == "one after the other" else ""
         yield Row(what, name, milliseconds(jax.jit(form), inputs, repeats), note)
+
+
+def libraries(images: int, repeats: int) -> Iterator[Row]:
+    """Encoders on one view, their convolutions by each library of XLA for CPUs."""
+    for (name, side), taken in ENCODERS.items():
+        inputs = [(normal(turn, images, side, side, 3),) for turn in range(TURNS)]
+        for library, options in (("YNNPACK", ()), ("Eigen", convolutions_on_all_cores())):
+            if library == "YNNPACK" or options:  # none on other devices
+                call = jax.jit(encoder_of(name), compiler_options=dict(options) or None)
+                yield Row(
+                    f"encoder, {name}, {images} images of {side}x{side}",
+                    f"convolutions of {library}",
+                    milliseconds(call, inputs, repeats),
+                    "taken in scoring" if library == taken else "",
+                )
 
 
 def precisions(repeats: int) -> Iterator[Row]:
@@ -236,6 +260,7 @@ def main(words: list[str]) -> None:
         precisions(chosen.repeats),
         convolutions(chosen.images, chosen.repeats),
         encoders(chosen.images, chosen.repeats),
+        libraries(chosen.images, chosen.repeats),
         searches(chosen.images, chosen.repeats),
     ):
         for row in part:
