@@ -271,10 +271,8 @@ def evaluate_and_print(
     Returns the mean metrics as they are logged. `cache` keeps the test images for the next
     evaluation; `over` goes over the batches, and may raise between two of them.
     """
-    folder, shown = (
-        workdir / "evaluation" / str(scorer.step),
-        config.run.progress and mesh.is_first(),
-    )
+    folder = workdir / "evaluation" / str(scorer.step)
+    shown = config.run.progress and mesh.is_first()
     with pipeline.evaluation_batches(
         split.test,
         image_size=config.data.image_size,

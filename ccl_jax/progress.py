@@ -12,11 +12,13 @@ Batch = TypeVar("Batch")
 
 def new_bar(total: int, unit: str, *, shown: bool, **more: Any) -> tqdm:
     """A bar up to `total`, silent unless `shown`; `more` goes to tqdm."""
+    interval = 0.5 if sys.stderr.isatty() else SELDOM
     return tqdm(
         total=total,
         unit=unit,
         dynamic_ncols=True,
-        mininterval=0.5 if sys.stderr.isatty() else SELDOM,
+        mininterval=interval,
+        maxinterval=max(10.0, interval),  # after which tqdm draws a bar that has hardly moved
         disable=not shown,
         **more,
     )

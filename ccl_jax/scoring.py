@@ -51,10 +51,14 @@ def score_images(
 
     With `where` the scores lie on the devices that their images lie on.
     """
-    kernels = [leaf for leaf in jax.tree.leaves(params["encoder"]) if leaf.ndim == 4]
-    narrow = max(kernel.shape[-1] for kernel in kernels) <= NARROW
-    program = compiled_scoring(compiled.convolutions_on_all_cores() if narrow else ())
+    program = compiled_scoring(options_for(params["encoder"]))
     return program(graphdef, params, batch_stats, images, settings=settings, where=where)
+
+
+def options_for(encoder: PyTree) -> tuple[tuple[str, str], ...]:
+    """The options for XLA that scoring with an encoder of these parameters takes."""
+    channels = max(leaf.shape[-1] for leaf in jax.tree.leaves(encoder) if leaf.ndim == 4)
+    return compiled.convolutions_on_all_cores() if channels <= NARROW else ()
 
 
 @functools.cache

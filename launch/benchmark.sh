@@ -9,12 +9,12 @@ Usage: launch/benchmark.sh OUT [--small]
 Runs on the devices at hand, and writes into the folder OUT, a log for each part: the tests of
 ccl_jax that need no data (where pytest is installed), the benchmark job of configs/mvtec.py for
 batches of 16, 64 and 128 images of 256x256 in float32 and bfloat16 (its training step and scoring
-alone where the job's packages are missing), a profile of one step with its ten longest kernels, the
-forms of single computations, and, where their packages are installed, the memory of the step, the
-metrics at scale and the comparison with PyTorch. Needs no data and no weights, and of the dependencies at least jax,
-flax, optax, orbax, jaxtyping, safetensors, filelock and tqdm. OUT/summary.txt says what was done,
-OUT/benchmarks.md has the tables as docs/benchmarks.md has them; the exit status is 1 if a part
-failed.
+alone where the job's packages are missing, or the job fails), a profile of one step with its ten
+longest kernels, the forms of single computations, and, where their packages are installed, the
+memory of the step, the metrics at scale and the comparison with PyTorch. Needs no data and no
+weights, and of the dependencies at least jax, flax, optax, orbax, jaxtyping, safetensors, filelock
+and tqdm. OUT/summary.txt says what was done, OUT/benchmarks.md has the tables as docs/benchmarks.md
+has them; the exit status is 1 if a part failed.
 
   --small  sizes for a CPU: ResNet-18, 64x64, 4 images, 2 steps, and what takes longer is left out
   PYTHON   the interpreter; without it that of the project's .venv, else python3
@@ -58,9 +58,11 @@ status=0
 
 note() { printf '%s\n' "$*" | tee -a "$out/summary.txt"; }
 
-part() { # NAME COMMAND...: its output goes to the terminal and to OUT/NAME.log
-  local name=$1 code=0
+code=0
+part() { # NAME COMMAND...: its output goes to the terminal and to OUT/NAME.log, its status to code
+  local name=$1
   shift
+  code=0
   "$@" 2>&1 | tee "$out/$name.log" || code=$?
   if [[ $code -eq 0 ]]; then
     note "done: $name"
@@ -89,15 +91,17 @@ else
 fi
 
 page=$out/benchmarks.md
-complete=
-if has grain && has ml_collections && has tensorflow_datasets; then
-  complete=yes
-else
-  note "left out: the benchmark job, because grain, ml-collections or tensorflow-datasets is not installed"
+missing=
+for package in grain ml_collections tensorflow_datasets array_record fsspec; do
+  has "$package" || missing+=" $package"
+done
+if [[ -n $missing ]]; then
+  note "left out: the benchmark job, because of packages that are not installed:$missing"
 fi
 for dtype in float32 bfloat16; do
   for batch in $batches; do
-    if [[ -n $complete && (-z $small || $dtype == bfloat16) ]]; then
+    code=0
+    if [[ -z $missing && (-z $small || $dtype == bfloat16) ]]; then
       part "job-$batch-$dtype" "$python" -m ccl_jax.main --job benchmark \
         --config configs/mvtec.py --workdir "$out/job-$batch-$dtype" \
         "--config.benchmark.page=$page" "--config.benchmark.steps=$steps" \
@@ -110,7 +114,8 @@ for dtype in float32 bfloat16; do
     if [[ $batch == 16 && $dtype == bfloat16 || -n $small && $dtype == float32 ]]; then
       profile=(--profile "$out/profile-$batch-$dtype")
     fi
-    if [[ -z $complete || ${#profile[@]} -gt 0 ]]; then # the job times the others
+    # What the job has not timed, or could not.
+    if [[ -n $missing || $code -ne 0 || ${#profile[@]} -gt 0 ]]; then
       part "step-$batch-$dtype" "$python" -m ccl_jax.benchmark.step --batch "$batch" \
         --dtype "$dtype" --encoder "$encoder" --image-size "$size" --steps "$steps" \
         --warm-up "$warm_up" --json "$out/step-$batch-$dtype.json" "${profile[@]}"

@@ -387,4 +387,15 @@ def test_benchmark_script_times_the_step_alone_where_the_job_lacks_its_packages(
     assert run.returncode == 0, run.stdout + run.stderr
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "done: step-4-float32\n" in summary and "done: step-4-bfloat16\n" in summary
-    assert "left out: the benchmark job" in summary and "done: job" not in summary
+    assert "packages that are not installed: grain\n" in summary and "done: job" not in summary
+
+
+def test_benchmark_script_times_the_step_alone_where_the_job_fails(tmp_path):
+    python = tmp_path / "python"
+    python.write_text('#!/usr/bin/env bash\n[[ "$*" != *"--job benchmark"* ]]\n')
+    python.chmod(0o755)
+    run = alone("launch/benchmark.sh", str(tmp_path / "out"), "--small", PYTHON=str(python))
+    assert run.returncode == 1
+    summary = (tmp_path / "out" / "summary.txt").read_text()
+    assert "FAILED with status 1: job-4-bfloat16" in summary
+    assert "done: step-4-bfloat16\n" in summary

@@ -38,4 +38,5 @@ def test_a_file_gets_two_states_of_a_short_bar_and_a_terminal_nearly_all(monkeyp
         for _ in range(10):
             bar.update()
     states = {state.split("[")[0] for state in err.getvalue().split("\r") if "/10" in state}
+    assert bar.maxinterval >= bar.mininterval == (0.5 if terminal else progress.SELDOM)
     assert len(states) in (range(9, 12) if terminal else [2])

@@ -29,6 +29,7 @@ from ccl_jax.benchmark.timing import time_calls
 from ccl_jax.compiled import convolutions_on_all_cores
 from ccl_jax.models import layers
 from ccl_jax.models import network as networks
+from ccl_jax.scoring import options_for
 from ccl_jax.state import Architecture
 
 TURNS = 2  # inputs that take turns
@@ -39,7 +40,7 @@ SCALES = {
     "wide_resnet50_2, 256 pixels": ((64, 256), (32, 512), (16, 1024)),
 }
 CONVOLUTIONS = ((1, 512), (2, 512), (4, 512), (8, 256), (16, 128), (32, 64))  # side and channels
-ENCODERS = {("resnet18", 128): "Eigen", ("wide_resnet50_2", 256): "YNNPACK"}  # taken in scoring
+ENCODERS = (("resnet18", 128), ("wide_resnet50_2", 256))  # and pixels
 FLOPS_OF_A_PRODUCT = 2 * 2048 * 2304 * 256
 
 
@@ -172,8 +173,8 @@ def convolutions(images: int, repeats: int) -> Iterator[Row]:
             )
 
 
-def encoder_of(name: str) -> Callable[[jax.Array], networks.Maps]:
-    """An encoder with random weights."""
+def encoder_of(name: str) -> tuple[Callable[[jax.Array], networks.Maps], Any]:
+    """An encoder with random weights, and its parameters."""
     architecture = Architecture("rd", name, "plain", "float32")
     graphdef, params, stats = architecture.abstract()
     encoder = jax.jit(architecture.random_encoder)(jax.random.key(0))
@@ -184,12 +185,17 @@ def encoder_of(name: str) -> Callable[[jax.Array], networks.Maps]:
         trees = {"encoder": encoder[0], **rest}, {"encoder": encoder[1], **rest_stats}
         return networks.merge(graphdef, *trees).encoder(views, train=False)
 
-    return encode
+    return encode, encoder[0]
+
+
+def over_views(encode: Callable[[jax.Array], networks.Maps]) -> Callable[..., list]:
+    """The encoder on each of its arguments."""
+    return lambda *views: [encode(view) for view in views]
 
 
 def encoders(images: int, repeats: int) -> Iterator[Row]:
     """A ResNet-18 on two views of 128x128, one by one as the network does it, and as one batch."""
-    encode = encoder_of("resnet18")
+    encode, _ = encoder_of("resnet18")
     forms = {
         "one after the other": lambda first, second: (encode(first), encode(second)),
         "as one batch": lambda first, second: encode(jnp.concatenate([first, second])),
@@ -205,17 +211,26 @@ def encoders(images: int, repeats: int) -> Iterator[Row]:
 
 
 def libraries(images: int, repeats: int) -> Iterator[Row]:
-    """Encoders on one view, their convolutions by each library of XLA for CPUs."""
-    for (name, side), taken in ENCODERS.items():
-        inputs = [(normal(turn, images, side, side, 3),) for turn in range(TURNS)]
-        for library, options in (("YNNPACK", ()), ("Eigen", convolutions_on_all_cores())):
-            if library == "YNNPACK" or options:  # none on other devices
-                call = jax.jit(encoder_of(name), compiler_options=dict(options) or None)
+    """Encoders on one view and on two, their convolutions by each library of XLA for CPUs."""
+    options = convolutions_on_all_cores()
+    if not options:  # another device, or an XLA that computes convolutions in one way only
+        return
+    for name, side in ENCODERS:
+        encode, params = encoder_of(name)
+        inputs = [
+            tuple(normal(10 * turn + view, images, side, side, 3) for view in range(2))
+            for turn in range(TURNS)
+        ]
+        for views, uses in ((1, "scoring"), (2, "training")):
+            given = [pair[:views] for pair in inputs]
+            for library, its in (("YNNPACK", ()), ("Eigen", options)):
+                call = jax.jit(over_views(encode), compiler_options=dict(its) or None)
+                taken = its == (options_for(params) if uses == "scoring" else ())
                 yield Row(
-                    f"encoder, {name}, {images} images of {side}x{side}",
+                    f"encoder, {name}, {views} x {images} images of {side}x{side}",
                     f"convolutions of {library}",
-                    milliseconds(call, inputs, repeats),
-                    "taken in scoring" if library == taken else "",
+                    milliseconds(call, given, repeats),
+                    f"taken in {uses}" if taken else "",
                 )
 
 
