@@ -21,8 +21,8 @@ def convolutions_on_all_cores() -> tuple[tuple[str, str], ...]:
 
     A convolution of YNNPACK, which XLA takes on CPUs, runs on one core where its kernel has up to
     64 x 128 channels (measured with jaxlib 0.10.2). Eigen's take more time of all cores together,
-    but less on the clock where nothing else runs meanwhile, as in scoring, and not with two views
-    at once, as in a training step (docs/benchmarks.md, "Single computations"). () on other
+    but less on the clock in a narrow encoder (docs/benchmarks.md, "Single computations"). Not for
+    training: a step of a ResNet-18 took 710 ms with it and 657 ms without. () on other
     devices, and where XLA has no such option: it is an experimental one.
     """
     if jax.default_backend() != "cpu":
