@@ -1,6 +1,5 @@
-"""Compiled programs: kept in a folder, so that the next start need not compile them; options."""
+"""Compiled programs that are kept in a folder, so that the next start need not compile them."""
 
-import functools
 import os
 from pathlib import Path
 
@@ -10,28 +9,6 @@ import jax
 KEPT_BYTES = 2**30  # of all programs in the folder; those that were not used for longest go first
 LOCK_SECONDS = 10  # for which a start waits for others to read or write a program
 WORTH_SECONDS = 0.1  # programs that compile faster are not kept: reading takes about as long
-
-# For CPUs: of XLA's two libraries YNNPACK keeps the products, and Eigen gets the convolutions.
-EIGEN = (("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_DOT"),)
-
-
-@functools.cache
-def convolutions_on_all_cores() -> tuple[tuple[str, str], ...]:
-    """Options for XLA with which a convolution of few channels runs on more than one core.
-
-    A convolution of YNNPACK, which XLA takes on CPUs, runs on one core where its kernel has up to
-    64 x 128 channels (measured with jaxlib 0.10.2). Eigen's take more time of all cores together,
-    but less on the clock in a narrow encoder (docs/benchmarks.md, "Single computations"). Not for
-    training: a step of a ResNet-18 took 710 ms with it and 657 ms without. () on other
-    devices, and where XLA has no such option: it is an experimental one.
-    """
-    if jax.default_backend() != "cpu":
-        return ()
-    try:
-        jax.jit(lambda x: x, compiler_options=dict(EIGEN)).lower(0.0).compile()
-    except jax.errors.JaxRuntimeError:  # no such option, or no such value
-        return ()
-    return EIGEN
 
 
 def keep_compiled(folder: str) -> None:

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, PyTree, UInt8
 
-from ccl_jax import anomaly_map, augment, compiled, mesh
+from ccl_jax import anomaly_map, augment, mesh
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.models import network as networks
 from ccl_jax.state import TRAINED, Architecture, join, read_encoder, split_parts
 
 # Channels of an encoder, at most, whose convolutions leave cores idle: a ResNet of basic blocks.
 NARROW = 256
+# Options for XLA on CPUs: of its two libraries YNNPACK keeps the products, Eigen gets convolutions.
+EIGEN = (("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_DOT"),)
 
 
 class Scores(NamedTuple):
@@ -58,7 +60,27 @@ def score_images(
 def options_for(encoder: PyTree) -> tuple[tuple[str, str], ...]:
     """The options for XLA that scoring with an encoder of these parameters takes."""
     channels = max(leaf.shape[-1] for leaf in jax.tree.leaves(encoder) if leaf.ndim == 4)
-    return compiled.convolutions_on_all_cores() if channels <= NARROW else ()
+    return convolutions_on_all_cores() if channels <= NARROW else ()
+
+
+@functools.cache
+def convolutions_on_all_cores() -> tuple[tuple[str, str], ...]:
+    """Options for XLA with which a convolution of few channels runs on more than one core.
+
+    A convolution of YNNPACK, which XLA takes on CPUs, runs on one core where its kernel has up to
+    64 x 128 channels (measured with jaxlib 0.10.2). Eigen's take more time of all cores together,
+    but less on the clock in a narrow encoder (docs/benchmarks.md, "Single computations"). Not for
+    training: `python -m ccl_jax.benchmark.step --batch 8 --encoder resnet18 --image-size 128
+    --dtype float32` took 710 ms a step with it (in XLA_FLAGS), and 657 ms without. () on other
+    devices, and where XLA has no such option: it is an experimental one.
+    """
+    if jax.default_backend() != "cpu":
+        return ()
+    try:
+        jax.jit(lambda x: x, compiler_options=dict(EIGEN)).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:  # no such option, or no such value
+        return ()
+    return EIGEN
 
 
 @functools.cache

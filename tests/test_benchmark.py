@@ -368,34 +368,31 @@ def test_benchmark_script_runs_at_a_small_size_and_says_what_it_left_out(tmp_pat
     assert json.loads((tmp_path / "out" / "step-4-float32.json").read_text())["step_seconds"]
 
 
-def test_benchmark_script_goes_on_after_a_failure_and_ends_with_it(tmp_path):
+def small_run(tmp_path, failing):
+    """The script with an interpreter that only fails, where its words hold `failing`."""
     python = tmp_path / "python"
-    python.write_text('#!/usr/bin/env bash\n[[ "$*" != *float32* ]]\n')
+    python.write_text(f'#!/usr/bin/env bash\n[[ "$*" != *"{failing}"* ]]\n')
     python.chmod(0o755)
     run = alone("launch/benchmark.sh", str(tmp_path / "out"), "--small", PYTHON=str(python))
+    return run, (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_benchmark_script_goes_on_after_a_failure_and_ends_with_it(tmp_path):
+    run, summary = small_run(tmp_path, "float32")
     assert run.returncode == 1
-    summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "FAILED with status 1: step-4-float32" in summary
     assert "done: job-4-bfloat16" in summary
 
 
 def test_benchmark_script_times_the_step_alone_where_the_job_lacks_its_packages(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/usr/bin/env bash\n[[ "$*" != *"find_spec(\'grain\')"* ]]\n')
-    python.chmod(0o755)
-    run = alone("launch/benchmark.sh", str(tmp_path / "out"), "--small", PYTHON=str(python))
+    run, summary = small_run(tmp_path, "find_spec('grain')")
     assert run.returncode == 0, run.stdout + run.stderr
-    summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "done: step-4-float32\n" in summary and "done: step-4-bfloat16\n" in summary
     assert "packages that are not installed: grain\n" in summary and "done: job" not in summary
 
 
 def test_benchmark_script_times_the_step_alone_where_the_job_fails(tmp_path):
-    python = tmp_path / "python"
-    python.write_text('#!/usr/bin/env bash\n[[ "$*" != *"--job benchmark"* ]]\n')
-    python.chmod(0o755)
-    run = alone("launch/benchmark.sh", str(tmp_path / "out"), "--small", PYTHON=str(python))
+    run, summary = small_run(tmp_path, "--job benchmark")
     assert run.returncode == 1
-    summary = (tmp_path / "out" / "summary.txt").read_text()
     assert "FAILED with status 1: job-4-bfloat16" in summary
     assert "done: step-4-bfloat16\n" in summary

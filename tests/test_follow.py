@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 from conftest import make_tiny_config
 
-from ccl_jax import compiled, jobs, main, mesh, report, scoring
 from ccl_jax import follow as following
+from ccl_jax import jobs, main, mesh, report, scoring
 from ccl_jax.checkpoint import Checkpoints
 from ccl_jax.loop import check_together
 from ccl_jax.metrics.counts import UnusableScoresError
@@ -350,7 +350,7 @@ def test_a_trained_workdir_is_followed_to_its_end(trained, photos, tmp_path, mon
         "compiled_scoring",
         lambda options: programs.append(compiled_scoring(options)) or programs[-1],
     )
-    before = compiled_scoring(compiled.convolutions_on_all_cores())._cache_size()
+    before = compiled_scoring(scoring.convolutions_on_all_cores())._cache_size()
     assert jobs.evaluate_job(config, workdir) == 0
     assert len(programs) > 1 and len(set(map(id, programs))) == 1
     assert programs[0]._cache_size() <= before + 1

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ccl_jax.compiled import convolutions_on_all_cores
 from ccl_jax.models import layers
 from ccl_jax.models.initial import Draws
+from ccl_jax.scoring import convolutions_on_all_cores
 from tests.reference import kernels
 
 

@@ -26,10 +26,9 @@ from ccl_jax import matching
 from ccl_jax.benchmark.page import machine, replace_part
 from ccl_jax.benchmark.table import circumstances, heading
 from ccl_jax.benchmark.timing import time_calls
-from ccl_jax.compiled import convolutions_on_all_cores
 from ccl_jax.models import layers
 from ccl_jax.models import network as networks
-from ccl_jax.scoring import options_for
+from ccl_jax.scoring import convolutions_on_all_cores, options_for
 from ccl_jax.state import Architecture
 
 TURNS = 2  # inputs that take turns
